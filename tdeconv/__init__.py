@@ -1,0 +1,31 @@
+"""Network deconvolution (Ye et al., ICLR 2020) for PyTorch: convolutions over whitened patches, fast."""
+
+from importlib.metadata import PackageNotFoundError as _NotInstalled
+from importlib.metadata import version as _version
+
+from tdeconv.backends import BackendUnavailable, use_backend
+from tdeconv.channel_deconv import ChannelDeconv
+from tdeconv.explain import explain
+from tdeconv.functional import delinear, fast_deconv, fold_deconv, inverse_sqrt, patch_moments
+from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+
+try:
+    __version__ = _version("tdeconv")
+except _NotInstalled:  # the source tree on sys.path, not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "BackendUnavailable",
+    "ChannelDeconv",
+    "Delinear",
+    "FastDeconv",
+    "FastDeconv1d",
+    "FastDeconv3d",
+    "delinear",
+    "explain",
+    "fast_deconv",
+    "fold_deconv",
+    "inverse_sqrt",
+    "patch_moments",
+    "use_backend",
+]

@@ -1,0 +1,146 @@
+"""ChannelDeconv: whitening of channels as a layer of its own, without a convolution.
+
+Source: Ye et al., *Network Deconvolution*, ICLR 2020, and its published code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdeconv import checks, running
+from tdeconv.functional import inverse_sqrt
+from tdeconv.precision import statistics_dtype
+
+
+class ChannelDeconv(nn.Module):
+    """Whiten an activation's channels.
+
+    The first ``c = floor(C / block) * block`` channels are one ``(block, -1)`` matrix (channel ``ch`` is feature
+    ``ch // (c / block)``), multiplied by the inverse root of its second moment after its mean is subtracted. The
+    channels that remain are normalised by one scalar mean and (unbiased) variance.
+
+    Args:
+        block: channels whitened together, at most C.
+        eps: added to the second moment's diagonal and to the variance.
+        n_iter: Newton-Schulz steps.
+        momentum: share of the batch's statistics in the running ones, in [0, 1]; the first batch's replace them.
+        sampling_stride: the statistics take every ``sampling_stride**2``-th value of a row, where H and W allow it.
+        backend: see :func:`tdeconv.use_backend`.
+        device, dtype: of the buffers.
+
+    Shape:
+        Input and output ``(N, C, H, W)``, or ``(N, C)`` as 1x1 images.
+
+    Buffers:
+        running_mean1 ``(block, 1)``, running_deconv ``(block, block)``: of the whitened channels.
+        running_mean2 ``(1, 1)``, running_var ``(1, 1)``: of the remaining ones.
+        num_batches_tracked: training batches seen.
+
+    Raises:
+        TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
+    """
+
+    running_mean1: Tensor
+    running_deconv: Tensor
+    running_mean2: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        block: int,
+        eps: float = 1e-2,
+        n_iter: int = 5,
+        momentum: float = 0.1,
+        sampling_stride: int = 3,
+        *,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.options(eps, n_iter, momentum, block, sampling_stride)
+        self.block, self.eps, self.n_iter, self.momentum = block, eps, n_iter, momentum
+        self.sampling_stride = sampling_stride
+        self.backend = checks.backend(backend)
+        kind = {"device": device, "dtype": checks.float_dtype(dtype)}
+        self.register_buffer("running_mean1", torch.empty(block, 1, **kind))
+        self.register_buffer("running_deconv", torch.empty(block, block, **kind))
+        self.register_buffer("running_mean2", torch.empty(1, 1, **kind))
+        self.register_buffer("running_var", torch.empty(1, 1, **kind))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Means 0, deconvolution the identity, variance 1; the next batch counts as the first."""
+        with torch.no_grad():
+            for zero in (self.running_mean1, self.running_mean2, self.running_deconv, self.num_batches_tracked):
+                zero.zero_()
+            self.running_deconv.diagonal().fill_(1)
+            self.running_var.fill_(1)
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics; there are no parameters."""
+        self.reset_running_stats()
+
+    def _step(self, x: Tensor) -> int:
+        """The flat sampling stride."""
+        s = self.sampling_stride
+        return s * s if min(x.shape[2:]) >= s else 1
+
+    def _statistics(self, x: Tensor, c: int) -> tuple[Tensor, ...]:
+        """The batch's: mean and root of the blocks, scalar mean and variance of the rest (the running ones if none)."""
+        step, work = self._step(x), statistics_dtype(x.dtype)
+        rows = x[:, :c].transpose(0, 1).reshape(self.block, -1)[:, ::step].to(work)
+        mean = rows.mean(1, keepdim=True)
+        moment = rows @ rows.t() / rows.shape[1]  # about zero, not about the mean: the method's definition
+        eye = torch.eye(self.block, dtype=work, device=x.device)
+        root = inverse_sqrt(moment + self.eps * eye, self.n_iter, backend=self.backend)
+        if c == x.shape[1]:
+            return mean, root, self.running_mean2.to(work).clone(), self.running_var.to(work).clone()
+        rest = x[:, c:].flatten(1)[:, ::step].to(work)
+        var = rest.var() if rest.numel() > 1 else rest.var(correction=0)
+        return mean, root, rest.mean(), var
+
+    def _apply_statistics(self, x: Tensor, c: int, mean1: Tensor, root: Tensor, mean2: Tensor, var: Tensor) -> Tensor:
+        work = root.dtype
+        # channel f*G + g is feature f of group g: with the pixels behind them, one (block, G*H*W) matrix per image
+        blocks = x[:, :c].reshape(x.shape[0], self.block, -1).to(work)
+        y = (root @ (blocks - mean1)).reshape(x.shape[0], c, *x.shape[2:])
+        if c < x.shape[1]:
+            rest = (x[:, c:].to(work) - mean2) / (var + self.eps).sqrt()
+            y = torch.cat([y, rest], dim=1)
+        return y.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        checks.float_tensor("input", x)
+        if x.ndim not in (2, 4):
+            raise ValueError(f"ChannelDeconv expects an input (N, C, H, W) or (N, C), got shape {tuple(x.shape)}")
+        if x.shape[1] < self.block:
+            raise ValueError(
+                f"ChannelDeconv with block={self.block} needs at least that many channels, got {x.shape[1]} (shape "
+                f"{tuple(x.shape)}); set block smaller"
+            )
+        checks.same_home(x, running_deconv=self.running_deconv)
+        image = x if x.ndim == 4 else x[:, :, None, None]
+        c = x.shape[1] // self.block * self.block
+        buffers = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.training and x.numel() > 0:
+                statistics = self._statistics(image, c)
+                first = self.num_batches_tracked == 0
+                made = running.update_(buffers, statistics, self.momentum, first)
+                self.num_batches_tracked.add_(made)
+            else:
+                work, keep = statistics_dtype(x.dtype), torch.is_grad_enabled()
+                statistics = tuple((b.clone() if keep else b).to(work) for b in buffers)
+            return self._apply_statistics(image, c, *statistics).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return (
+            f"block={self.block}, eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}, "
+            f"sampling_stride={self.sampling_stride}"
+        )

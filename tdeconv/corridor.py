@@ -1,0 +1,98 @@
+"""A whole layer, forward and backward, over the stage pairs of one fast backend.
+
+A backend is a module with four stages and their gradients; ``torch_backend`` is one. The order of the backward is
+what saves memory: the convolution's input gradient comes first, and the moments' gradient is added into it in place,
+so that no second tensor of the input's size exists. Nothing of the input's size is kept from forward but the input.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tdeconv.geometry import Geometry
+
+
+class Stages(Protocol):
+    """The contract of a fast backend. ``b`` covariances of ``D`` features, as in :mod:`tdeconv.reference`."""
+
+    def native(self, x: Tensor) -> Tensor:
+        """The input, or its gradient, in the memory layout the backend computes in."""
+
+    def patch_moments(self, x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]: ...
+
+    def patch_moments_backward_(
+        self, grad_x: Tensor, x: Tensor, mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, geo: Geometry
+    ) -> None:
+        """Add the moments' gradient into ``grad_x`` at the sampled positions."""
+
+    def inverse_sqrt(self, cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The root, and two tensors that its gradient needs."""
+
+    def inverse_sqrt_saved(self, cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+        """Empty tensors like those two, from the covariance's shape alone."""
+
+    def inverse_sqrt_backward(self, grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int) -> Tensor: ...
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def fold_backward(
+        self, grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, mean: Tensor, deconv: Tensor, geo: Geometry
+    ) -> Tensor:
+        """Gradient of the weight."""
+
+    def fold_backward_statistics(
+        self, grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, mean: Tensor, deconv: Tensor, geo: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean and of the root."""
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor: ...
+
+    def convolve_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry, need_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients of the input (None unless needed), the folded weight and the folded bias."""
+
+
+class Saved(NamedTuple):
+    """What backward needs besides the input and the weight: the statistics, the folded weight, the root's factors."""
+
+    mean: Tensor
+    deconv: Tensor
+    folded: Tensor
+    basis: Tensor
+    spectrum: Tensor
+
+
+def forward(
+    stages: Stages, x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, eps: float, n_iter: int
+) -> tuple[Tensor, Saved]:
+    """The layer in training: the output, and the rest of the forward."""
+    x = stages.native(x)
+    mean, cov = stages.patch_moments(x, geo)
+    cov.diagonal(dim1=-2, dim2=-1).add_(eps)
+    deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
+    folded, shift = stages.fold(weight, bias, mean, deconv, geo)
+    folded, shift = folded.to(x.dtype), shift.to(x.dtype)
+    return stages.convolve(x, folded, shift, geo), Saved(mean, deconv, folded, basis, spectrum)
+
+
+def backward(
+    stages: Stages, grad: Tensor, x: Tensor, weight: Tensor, saved: Saved, geo: Geometry, n_iter: int, need_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the input (None unless needed), the weight and the bias."""
+    x, grad = stages.native(x), stages.native(grad)
+    grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, saved.folded, geo, need_x)
+    stat = saved.mean.dtype
+    grad_folded, grad_bias = grad_folded.to(stat), grad_bias.to(stat)
+    fold_args = (grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo)
+    grad_weight = stages.fold_backward(*fold_args)
+    if grad_x is not None:
+        grad_mean, grad_deconv = stages.fold_backward_statistics(*fold_args)
+        grad_cov = stages.inverse_sqrt_backward(grad_deconv, saved.basis, saved.spectrum, n_iter)
+        stages.patch_moments_backward_(grad_x, x, saved.mean, grad_mean, grad_cov, geo)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

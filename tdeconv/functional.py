@@ -1,0 +1,347 @@
+"""The four stages and the whole layers as functions: check the arguments, choose a backend, call it.
+
+Shapes: input ``x (N, C, *spatial)`` with one, two or three spatial axes, or without the batch axis; weight
+``(O, C/groups, *kernel)``. ``D = block * prod(kernel)`` features share one covariance. The statistics are float32, or
+float64 for float64 input, whatever the input's precision. Source: Ye et al., *Network Deconvolution*, ICLR 2020.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdeconv import checks, ops, reference, running
+from tdeconv.backends import choose
+from tdeconv.geometry import Geometry, resolve_block
+from tdeconv.precision import compute_dtype, statistics_dtype
+
+METHODS = ("newton_schulz", "eigh")
+
+
+def patch_moments(
+    x: Tensor,
+    kernel_size: int | tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    block: int | None = None,
+    grouping: str = "interleaved",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased covariance of an input's patches: the first stage.
+
+    Args:
+        x: ``(N, C, *spatial)``, one to three spatial axes, any real floating dtype, not empty.
+        kernel_size: int, or one per spatial axis.
+        stride: step between the sampled patches (a layer's sampling stride times its own stride). With a 1x1 kernel
+            every ``prod(stride)``-th pixel in N, H, W order is taken, and padding plays no part.
+        padding: zeros around the input; they are data to the statistics.
+        dilation: spacing of the kernel's taps.
+        groups: channel groups with a covariance each.
+        block: channels that share a covariance's rows, cut down to a divisor of C; None means all. Ignored if
+            ``groups > 1``, where it is ``C / groups``.
+        grouping: ``"interleaved"`` (patch column ``j`` belongs to vector ``j mod G``, the paper's) or ``"contiguous"``.
+        backend: see :func:`tdeconv.use_backend`.
+
+    Returns:
+        ``mean (D)`` and ``cov (D, D)``, or ``(groups * D)`` and ``(groups, D, D)``; no eps is added. Differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
+    """
+    checks.float_tensor("x", x)
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"x must have shape (N, C, *spatial) with 1 to 3 spatial axes, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"x must hold at least one patch, got an empty tensor of shape {tuple(x.shape)}")
+    checks.positive_int("groups", groups)
+    checks.divides("groups", groups, "the input's channels", x.shape[1])
+    block = x.shape[1] if block is None else checks.positive_int("block", block)
+    geo = _geometry(x, kernel_size, stride, padding, dilation, groups, block, grouping, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        name = choose(backend, x.device).backend
+        mean, cov = (
+            reference.patch_moments(x, geo) if name == "reference" else ops.patch_moments(x, geo.pack(), name)
+        )
+    return mean.flatten(), cov if groups > 1 else cov.squeeze(0)
+
+
+def inverse_sqrt(cov: Tensor, n_iter: int = 5, *, method: str = "newton_schulz", backend: str | None = None) -> Tensor:
+    """Inverse square root of covariance matrices: the second stage.
+
+    Args:
+        cov: symmetric positive definite, ``(..., D, D)``, any real floating dtype (half precision is computed in
+            float32). Add eps to its diagonal first.
+        n_iter: Newton-Schulz steps from ``cov / ||cov||_F``. A few steps do not converge for small eigenvalues, and
+            the result is exactly that polynomial of ``cov``: part of the method.
+        method: ``"newton_schulz"``, or ``"eigh"`` for the converged root (``n_iter`` is then ignored).
+        backend: see :func:`tdeconv.use_backend`.
+
+    Returns:
+        ``(..., D, D)``, symmetric, in cov's dtype. Differentiable; the norm takes part in the gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
+    """
+    checks.float_tensor("cov", cov)
+    if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]:
+        raise ValueError(f"cov must have shape (..., D, D), got {tuple(cov.shape)}")
+    checks.positive_int("n_iter", n_iter)
+    checks.one_of("method", method, METHODS)
+    if cov.numel() == 0:
+        return cov.clone()
+    with torch.autocast(cov.device.type, enabled=False):
+        batch = cov.to(statistics_dtype(cov.dtype)).reshape(-1, *cov.shape[-2:])
+        name = choose(backend, cov.device).backend
+        if method == "eigh":
+            root = reference.converged_inverse_sqrt(batch)
+        elif name == "reference":
+            root = reference.inverse_sqrt(batch, n_iter)
+        else:
+            root = ops.inverse_sqrt(batch, n_iter, name)[0]
+    return root.reshape(cov.shape).to(cov.dtype)
+
+
+def fold_deconv(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    deconv: Tensor,
+    *,
+    groups: int = 1,
+    grouping: str = "interleaved",
+) -> tuple[Tensor, Tensor]:
+    """Fold the whitening into a layer's parameters: the third stage.
+
+    ``W'_g = W_g S`` for each vector of the weight and ``b' = b - sum_g W'_g mu``, so that convolving with
+    ``(W', b')`` is whitening every patch and convolving with ``(W, b)``.
+
+    Args:
+        weight: ``(O, C/groups, *kernel)``, or a linear layer's ``(O, C)``.
+        bias: ``(O)`` or None for zero.
+        mean: ``(D)``, or ``(groups * D)``; D is ``block * prod(kernel)``.
+        deconv: ``(D, D)``, or ``(groups, D, D)``.
+        groups: as the convolution's.
+        grouping: as the moments were taken (a linear layer's is ``"contiguous"``).
+
+    Returns:
+        The folded weight and bias, shaped and typed as ``weight`` and ``(O)``. Differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
+    """
+    for name, value in (("weight", weight), ("mean", mean), ("deconv", deconv)):
+        checks.float_tensor(name, value)
+    if weight.ndim < 2:
+        raise ValueError(f"weight must have shape (O, C/groups, *kernel), got {tuple(weight.shape)}")
+    checks.positive_int("groups", groups)
+    checks.divides("groups", groups, "the output channels", weight.shape[0])
+    checks.grouping(grouping)
+    checks.same_home(weight, bias=bias, mean=mean, deconv=deconv)
+    if bias is not None:
+        checks.shape("bias", checks.float_tensor("bias", bias), (weight.shape[0],))
+    kernel = tuple(weight.shape[2:])
+    ones = (1,) * len(kernel)
+    geo = Geometry(weight.shape[1] * groups, kernel, ones, ones, ones, groups, 1, grouping)
+    if deconv.ndim < 2 or deconv.shape[-1] % geo.taps or (weight.shape[1] * geo.taps) % deconv.shape[-1]:
+        raise ValueError(
+            f"deconv must have shape (D, D) with D a multiple of the {geo.taps} kernel positions that divides the "
+            f"{weight.shape[1] * geo.taps} columns of weight, got {tuple(deconv.shape)}"
+        )
+    geo = Geometry(geo.channels, kernel, ones, ones, ones, groups, deconv.shape[-1] // geo.taps, grouping)
+    checks.running(mean, deconv, geo, training=False)
+    with torch.autocast(weight.device.type, enabled=False):
+        folded, shift = _fold(weight, bias, mean, deconv, geo)
+    return folded.to(weight.dtype), shift.to(weight.dtype)
+
+
+def fast_deconv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_deconv: Tensor | None = None,
+    *,
+    training: bool,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    n_iter: int = 5,
+    momentum: float = 0.1,
+    block: int = 64,
+    sampling_stride: int = 3,
+    grouping: str = "interleaved",
+    backend: str | None = None,
+) -> Tensor:
+    """A deconvolution layer: whiten every patch, then convolve; 1-D, 2-D or 3-D by the weight's shape.
+
+    Args:
+        x: ``(N, C, *spatial)`` or ``(C, *spatial)``.
+        weight: ``(O, C/groups, *kernel)``.
+        bias: ``(O)`` or None.
+        running_mean: ``(D)``, or ``(groups * D)`` with groups > 1: updated in place in training, used otherwise. None
+            in training keeps no statistics.
+        running_deconv: ``(D, D)``, or ``(groups, D, D)``; likewise.
+        training: whether the statistics are the input's own.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding in ints.
+        eps: added to the covariance's diagonal.
+        n_iter: Newton-Schulz steps.
+        momentum: share of the new statistics in the running ones.
+        block: channels whitened together, cut down to a divisor of C.
+        sampling_stride: patches are sampled at every ``sampling_stride * stride``-th position.
+        grouping: ``"interleaved"`` or ``"contiguous"``.
+        backend: see :func:`tdeconv.use_backend`.
+
+    Returns:
+        ``(N, O, *spatial_out)`` in x's dtype, or autocast's. An empty batch yields an empty output and leaves the
+        running statistics alone; statistics that are not finite do too, and the output shows them.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, range or device.
+    """
+    rank = checks.float_tensor("weight", weight).ndim - 2
+    checks.float_tensor("x", x)
+    if not 1 <= rank <= 3:
+        raise ValueError(f"weight must have shape (O, C/groups, *kernel) with 1 to 3 axes, got {tuple(weight.shape)}")
+    if x.ndim not in (rank + 1, rank + 2):
+        raise ValueError(
+            f"expected an input of {rank + 2} dimensions (N, C, *spatial), or {rank + 1} without a batch, for a weight of "
+            f"shape {tuple(weight.shape)}; got shape {tuple(x.shape)}"
+        )
+    batch = x if x.ndim == rank + 2 else x.unsqueeze(0)
+    checks.weight_of(weight, batch, bias, groups)
+    checks.options(eps, n_iter, momentum, block, sampling_stride)
+    geo = _geometry(batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride)
+    y = _layer(batch, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend)
+    return y if batch is x else y.squeeze(0)
+
+
+def delinear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_deconv: Tensor | None = None,
+    *,
+    training: bool,
+    eps: float = 1e-5,
+    n_iter: int = 5,
+    momentum: float = 0.1,
+    block: int = 512,
+    backend: str | None = None,
+) -> Tensor:
+    """A fully connected deconvolution layer: whiten runs of ``block`` features by one shared covariance, then map.
+
+    Args:
+        x: ``(..., C)``.
+        weight: ``(O, C)``.
+        bias: ``(O)`` or None.
+        running_mean: ``(D)`` with D the block cut down to a divisor of C; None in training keeps no statistics.
+        running_deconv: ``(D, D)``; likewise.
+        training, eps, n_iter, momentum, block, backend: as in :func:`fast_deconv`.
+
+    Returns:
+        ``(..., O)`` in x's dtype, or autocast's.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, range or device.
+    """
+    checks.float_tensor("weight", weight)
+    checks.float_tensor("x", x)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (O, C), got {tuple(weight.shape)}")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"expected an input of shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
+    checks.options(eps, n_iter, momentum, block)
+    rows = x.reshape(-1, x.shape[-1])
+    checks.weight_of(weight, rows, bias, 1)
+    geo = Geometry(x.shape[-1], (), (), (), (), 1, resolve_block(block, x.shape[-1]), "contiguous")
+    y = _layer(rows, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _geometry(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    block: int,
+    grouping: str,
+    sampling_stride: int,
+) -> Geometry:
+    rank = x.ndim - 2
+    geo = Geometry(
+        x.shape[1],
+        checks.int_tuple("kernel_size", kernel_size, rank, 1),
+        checks.int_tuple("stride", stride, rank, 1),
+        checks.int_tuple("padding", padding, rank, 0),
+        checks.int_tuple("dilation", dilation, rank, 1),
+        groups,
+        resolve_block(block, x.shape[1], groups),
+        checks.grouping(grouping),
+        sampling_stride,
+    )
+    checks.kernel_fits(x, geo)
+    return geo
+
+
+def _layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_deconv: Tensor | None,
+    training: bool,
+    geo: Geometry,
+    eps: float,
+    n_iter: int,
+    momentum: float,
+    backend: str | None,
+) -> Tensor:
+    """Any layer, arguments checked: statistics of the batch in training, else the running ones."""
+    checks.same_home(x, weight=weight, bias=bias, running_mean=running_mean, running_deconv=running_deconv)
+    checks.running(running_mean, running_deconv, geo, training)
+    device, autocast = x.device.type, compute_dtype(x)
+    if autocast is None:
+        checks.same_dtype(x, weight=weight, bias=bias)
+    name = choose(backend, x.device).backend
+    with torch.autocast(device, enabled=False):
+        x = x if autocast is None else x.to(autocast)
+        if not training or x.shape[0] == 0:
+            return _with_running(x, weight, bias, running_mean, running_deconv, geo)
+        if name == "reference":
+            y, mean, deconv = reference.deconvolve(x, weight, bias, geo, eps, n_iter)
+        else:
+            y, mean, deconv = ops.deconvolve(x, weight, bias, geo.pack(), eps, n_iter, name)[:3]
+        if running_mean is not None and running_deconv is not None:
+            running.update_((running_mean, running_deconv), (mean, deconv), momentum)
+    return y
+
+
+def _fold(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Fold unbatched statistics, as users and buffers hold them."""
+    stat, d = statistics_dtype(weight.dtype), geo.features
+    return reference.fold(weight, bias, mean.to(stat).reshape(-1, d), deconv.to(stat).reshape(-1, d, d), geo)
+
+
+def _with_running(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, deconv: Tensor | None, geo: Geometry
+) -> Tensor:
+    """Evaluation: a fold and a plain convolution."""
+    if mean is None or deconv is None:  # an empty batch in training, without running statistics
+        folded, shift = weight, weight.new_zeros(weight.shape[0]) if bias is None else bias
+    else:
+        # cloned, or a later training step would change in place what this step's backward reads
+        keep = torch.is_grad_enabled()
+        folded, shift = _fold(weight, bias, mean.clone() if keep else mean, deconv.clone() if keep else deconv, geo)
+    return reference.convolve(x, folded, shift, geo)

@@ -1,0 +1,310 @@
+"""The layers as modules: parameters, running statistics, freezing. Names and state_dict keys are the paper's code's.
+
+Source: Ye et al., *Network Deconvolution*, ICLR 2020.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from tdeconv import checks
+from tdeconv import functional as TF
+from tdeconv.geometry import resolve_block
+
+
+def _reset_running(mean: Tensor, deconv: Tensor) -> None:
+    mean.zero_()
+    deconv.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+
+
+class _FastDeconvNd(_ConvNd):
+    """What the convolution layers of every rank share; ``_rank`` is the number of spatial axes."""
+
+    _rank: int
+    track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
+    running_mean: Tensor
+    running_deconv: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        eps: float = 1e-5,
+        n_iter: int = 5,
+        momentum: float = 0.1,
+        block: int = 64,
+        sampling_stride: int = 3,
+        freeze: bool = False,
+        freeze_iter: int = 100,
+        *,
+        padding_mode: str = "zeros",
+        grouping: str = "interleaved",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        checks.options(eps, n_iter, momentum, block, sampling_stride)
+        checks.positive_int("freeze_iter", freeze_iter)
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+            checks.positive_int(name, value)
+        checks.divides("groups", groups, "in_channels", in_channels)
+        checks.divides("groups", groups, "out_channels", out_channels)
+        rank = self._rank
+        super().__init__(
+            in_channels,
+            out_channels,
+            checks.int_tuple("kernel_size", kernel_size, rank, 1),
+            checks.int_tuple("stride", stride, rank, 1),
+            padding if isinstance(padding, str) else checks.int_tuple("padding", padding, rank, 0),
+            checks.int_tuple("dilation", dilation, rank, 1),
+            False,
+            (0,) * rank,
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=checks.float_dtype(dtype),
+        )
+        self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
+        self.block = resolve_block(block, in_channels, groups)
+        self.sampling_stride = sampling_stride
+        self.freeze, self.freeze_iter = freeze, freeze_iter
+        self.grouping = checks.grouping(grouping)
+        self.backend = checks.backend(backend)
+        taps = self.weight[0, 0].numel()
+        self.num_features = self.block * taps
+        square = (self.num_features, self.num_features)
+        batch = () if groups == 1 else (groups,)
+        self.register_buffer("running_mean", self.weight.new_empty(groups * self.num_features))
+        self.register_buffer("running_deconv", self.weight.new_empty(batch + square))
+        if freeze:
+            steps = torch.zeros((), dtype=torch.long, device=self.weight.device)
+            self.register_buffer("num_batches_tracked", steps)
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, deconvolution the identity, freezing from its start."""
+        with torch.no_grad():
+            _reset_running(self.running_mean, self.running_deconv)
+            if self.freeze:
+                self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as ``torch.nn.Conv2d`` does, and reset the running statistics."""
+        super().reset_parameters()
+        if "running_deconv" in self._buffers:  # not yet, when torch's constructor calls this
+            self.reset_running_stats()
+
+    def _computes_statistics(self) -> bool:
+        """Count a training step of a freezing layer; whether it is one of those that compute statistics."""
+        if not self.freeze:
+            return True
+        steps = self.num_batches_tracked
+        computes = bool(steps % (10 * self.freeze_iter) < self.freeze_iter)
+        if self.track_running_stats:
+            steps.add_(1)
+        return computes
+
+    def forward(self, x: Tensor) -> Tensor:
+        checks.float_tensor("input", x)
+        if x.ndim not in (self._rank + 1, self._rank + 2):
+            raise ValueError(
+                f"{type(self).__name__} expects an input of {self._rank + 2} dimensions (N, C, *spatial), or "
+                f"{self._rank + 1} without a batch; got shape {tuple(x.shape)}"
+            )
+        checks.channels(x, self.in_channels, axis=-1 - self._rank)
+        x, padding = self._pad(x)
+        training = self.training and (x.numel() == 0 or self._computes_statistics())
+        track = self.track_running_stats or not training
+        return TF.fast_deconv(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean if track else None,
+            self.running_deconv if track else None,
+            training=training,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            eps=self.eps,
+            n_iter=self.n_iter,
+            momentum=self.momentum,
+            block=self.block,
+            sampling_stride=self.sampling_stride,
+            grouping=self.grouping,
+            backend=self.backend,
+        )
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Padding that a convolution's own zeros cannot express goes into the input, before it is sampled."""
+        sides = self._reversed_padding_repeated_twice
+        low = tuple(sides[-2::-2])
+        high = tuple(sides[-1::-2])
+        if self.padding_mode == "zeros" and low == high:
+            return x, low
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, sides, mode=mode), (0,) * self._rank
+
+    def extra_repr(self) -> str:
+        extra = [f"block={self.block}", f"n_iter={self.n_iter}", f"sampling_stride={self.sampling_stride}"]
+        if self.eps != 1e-5:
+            extra.append(f"eps={self.eps}")
+        if self.momentum != 0.1:
+            extra.append(f"momentum={self.momentum}")
+        if self.grouping != "interleaved":
+            extra.append(f"grouping={self.grouping}")
+        if self.freeze:
+            extra.append(f"freeze=True, freeze_iter={self.freeze_iter}")
+        if self.backend is not None:
+            extra.append(f"backend={self.backend}")
+        return ", ".join([super().extra_repr(), *extra])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # checkpoints of the paper's code do not have the counter of freezing
+        key = prefix + "num_batches_tracked"
+        if self.freeze and key not in state_dict:
+            state_dict[key] = self.num_batches_tracked.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FastDeconv1d(_FastDeconvNd):
+    """:class:`FastDeconv` for ``(N, C, L)``."""
+
+    _rank = 1
+
+
+class FastDeconv(_FastDeconvNd):
+    """2-D convolution over whitened patches; replaces a convolution and the batch normalisation behind it.
+
+    In training the patches' mean and covariance are those of the batch; in evaluation the running ones, folded into
+    the weight: a plain convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as in ``torch.nn.Conv2d``.
+        eps: added to the covariance's diagonal.
+        n_iter: Newton-Schulz steps.
+        momentum: share of the batch's statistics in the running ones, in [0, 1].
+        block: channels whitened together, cut down to a divisor of ``in_channels``; all of a group's if groups > 1.
+        sampling_stride: the statistics take every ``sampling_stride * stride``-th patch.
+        freeze: compute statistics only in the first ``freeze_iter`` of every ``10 * freeze_iter`` training steps, and
+            use the running ones in the rest.
+        grouping: ``"interleaved"`` (the paper's) or ``"contiguous"`` channels per covariance.
+        backend: see :func:`tdeconv.use_backend`.
+
+    Shape:
+        Input ``(N, C, H, W)`` or ``(C, H, W)``, output ``(N, O, H_out, W_out)`` or without N, as ``torch.nn.Conv2d``.
+
+    Buffers:
+        running_mean: ``(D)`` with ``D = block * kh * kw``, or ``(groups * D)``; starts at 0.
+        running_deconv: ``(D, D)``, or ``(groups, D, D)``; starts at the identity.
+        num_batches_tracked: training steps seen, only with ``freeze``.
+
+    Raises:
+        TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
+
+    Source: Ye et al., *Network Deconvolution*, ICLR 2020.
+    """
+
+    _rank = 2
+
+
+class FastDeconv3d(_FastDeconvNd):
+    """:class:`FastDeconv` for ``(N, C, D, H, W)``."""
+
+    _rank = 3
+
+
+class Delinear(nn.Linear):
+    """Fully connected layer over whitened features.
+
+    The features are split into contiguous runs of ``block`` that share one mean and covariance.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
+        eps, n_iter, momentum, backend: as in :class:`FastDeconv`.
+        block: features whitened together, cut down to a divisor of ``in_features``.
+
+    Shape:
+        Input ``(..., in_features)``, output ``(..., out_features)``.
+
+    Buffers:
+        running_mean: ``(block)``; starts at 0.
+        running_deconv: ``(block, block)``; starts at the identity.
+
+    Raises:
+        TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
+
+    Source: Ye et al., *Network Deconvolution*, ICLR 2020.
+    """
+
+    track_running_stats = True
+    running_mean: Tensor
+    running_deconv: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float = 1e-5,
+        n_iter: int = 5,
+        momentum: float = 0.1,
+        block: int = 512,
+        *,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        checks.options(eps, n_iter, momentum, block)
+        checks.positive_int("in_features", in_features)
+        checks.positive_int("out_features", out_features)
+        super().__init__(in_features, out_features, bias, device, checks.float_dtype(dtype))
+        self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
+        self.block = resolve_block(block, in_features)
+        self.backend = checks.backend(backend)
+        self.register_buffer("running_mean", self.weight.new_empty(self.block))
+        self.register_buffer("running_deconv", self.weight.new_empty(self.block, self.block))
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, deconvolution the identity."""
+        with torch.no_grad():
+            _reset_running(self.running_mean, self.running_deconv)
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as ``torch.nn.Linear`` does, and reset the running statistics."""
+        super().reset_parameters()
+        if "running_deconv" in self._buffers:
+            self.reset_running_stats()
+
+    def forward(self, x: Tensor) -> Tensor:
+        track = self.track_running_stats or not self.training
+        return TF.delinear(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean if track else None,
+            self.running_deconv if track else None,
+            training=self.training,
+            eps=self.eps,
+            n_iter=self.n_iter,
+            momentum=self.momentum,
+            block=self.block,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}"

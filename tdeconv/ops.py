@@ -1,0 +1,202 @@
+"""PyTorch operators of the fast backends: schema, shapes for the compiler, autograd; no arithmetic.
+
+Each operator takes the backend's name, so that what was chosen outside a compiled graph stays chosen inside it, and
+the layer's sizes as ``Geometry.pack()``. None has a second derivative: the reference backend is differentiated by
+autograd as often as one likes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdeconv import corridor
+from tdeconv.geometry import Geometry
+from tdeconv.precision import statistics_dtype
+
+_MODULES = {"torch": "tdeconv.torch_backend"}
+
+
+@functools.cache
+def stages(backend: str) -> corridor.Stages:
+    """The module of a fast backend, loaded on first use."""
+    return importlib.import_module(_MODULES[backend])  # type: ignore[return-value]
+
+
+def _no_autocast(function: Any) -> Any:
+    """The dtypes are settled before an operator is called; autocast inside it would lower the statistics'."""
+
+    @functools.wraps(function)
+    def inner(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return inner
+
+
+def _layout(*tensors: Tensor) -> torch.memory_format:
+    """channels_last if any tensor is, as torch's convolutions decide."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for t in tensors:
+        fmt = formats.get(t.ndim)
+        if fmt is not None and t.is_contiguous(memory_format=fmt) and not t.is_contiguous():
+            return fmt
+    return torch.contiguous_format
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], *layout_of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(
+        shape, dtype=dtype or like.dtype, device=like.device, memory_format=_layout(*layout_of)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the whole layer
+
+
+@torch.library.custom_op("tdeconv::deconvolve", mutates_args=())
+@_no_autocast
+def deconvolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], eps: float, n_iter: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, saved = corridor.forward(stages(backend), x, weight, bias, Geometry.unpack(geometry), eps, n_iter)
+    return y.contiguous(memory_format=_layout(x, weight)), *saved
+
+
+@deconvolve.register_fake
+def _(x, weight, bias, geometry, eps, n_iter, backend):  # type: ignore[no-untyped-def]
+    geo = Geometry.unpack(geometry)
+    axes = zip(x.shape[2:], geo.padding, geo.window, geo.stride, strict=True)
+    y = _empty(x, (x.shape[0], weight.shape[0], *((n + 2 * p - w) // s + 1 for n, p, w, s in axes)), x, weight)
+    mean, cov = _empty_moments(x, geo)
+    folded = _empty(x, weight.shape)
+    return y, mean, cov, folded, *stages(backend).inverse_sqrt_saved(cov, n_iter)
+
+
+@torch.library.custom_op("tdeconv::deconvolve_backward", mutates_args=())
+@_no_autocast
+def deconvolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deconv: Tensor,
+    folded: Tensor,
+    basis: Tensor,
+    spectrum: Tensor,
+    geometry: list[int],
+    n_iter: int,
+    backend: str,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved = corridor.Saved(mean, deconv, folded, basis, spectrum)
+    geo = Geometry.unpack(geometry)
+    dx, dw, db = corridor.backward(stages(backend), grad, x, weight, saved, geo, n_iter, need_x)
+    dx = x.new_empty(0) if dx is None else dx.contiguous(memory_format=_layout(x))
+    return dx, dw.contiguous(memory_format=_layout(weight)), db
+
+
+@deconvolve_backward.register_fake
+def _(grad, x, weight, mean, deconv, folded, basis, spectrum, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]  # noqa: E501
+    dx = _empty(x, x.shape, x) if need_x else x.new_empty(0)
+    return dx, _empty(weight, weight.shape, weight), weight.new_empty(weight.shape[0])
+
+
+def _deconvolve_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, ctx.geometry, _, ctx.n_iter, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _deconvolve_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    need_x = ctx.needs_input_grad[0]
+    dx, dw, db = deconvolve_backward(grad, *ctx.saved_tensors, ctx.geometry, ctx.n_iter, ctx.backend, need_x)
+    return dx if need_x else None, dw, db if ctx.has_bias else None, None, None, None, None
+
+
+deconvolve.register_autograd(_deconvolve_backward, setup_context=_deconvolve_setup)
+
+
+# -------------------------------------------------------------------------------------------------- single stages
+
+
+@torch.library.custom_op("tdeconv::patch_moments", mutates_args=())
+@_no_autocast
+def patch_moments(x: Tensor, geometry: list[int], backend: str) -> tuple[Tensor, Tensor]:
+    return stages(backend).patch_moments(x, Geometry.unpack(geometry))
+
+
+def _empty_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
+    dtype, d = statistics_dtype(x.dtype), geo.features
+    return _empty(x, (geo.groups, d), dtype=dtype), _empty(x, (geo.groups, d, d), dtype=dtype)
+
+
+@patch_moments.register_fake
+def _(x, geometry, backend):  # type: ignore[no-untyped-def]
+    return _empty_moments(x, Geometry.unpack(geometry))
+
+
+@torch.library.custom_op("tdeconv::patch_moments_backward", mutates_args=())
+@_no_autocast
+def patch_moments_backward(
+    x: Tensor, mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, geometry: list[int], backend: str
+) -> Tensor:
+    dx = _empty(x, x.shape, x).zero_()
+    stages(backend).patch_moments_backward_(dx, x, mean, grad_mean, grad_cov, Geometry.unpack(geometry))
+    return dx
+
+
+@patch_moments_backward.register_fake
+def _(x, mean, grad_mean, grad_cov, geometry, backend):  # type: ignore[no-untyped-def]
+    return _empty(x, x.shape, x)
+
+
+def _patch_moments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.geometry, ctx.backend = inputs
+    ctx.save_for_backward(x, output[0])
+
+
+def _patch_moments_backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor) -> tuple[Any, ...]:
+    return patch_moments_backward(*ctx.saved_tensors, grad_mean, grad_cov, ctx.geometry, ctx.backend), None, None
+
+
+patch_moments.register_autograd(_patch_moments_backward, setup_context=_patch_moments_setup)
+
+
+@torch.library.custom_op("tdeconv::inverse_sqrt", mutates_args=())
+@_no_autocast
+def inverse_sqrt(cov: Tensor, n_iter: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return stages(backend).inverse_sqrt(cov, n_iter)
+
+
+@inverse_sqrt.register_fake
+def _(cov, n_iter, backend):  # type: ignore[no-untyped-def]
+    return _empty(cov, cov.shape), *stages(backend).inverse_sqrt_saved(cov, n_iter)
+
+
+@torch.library.custom_op("tdeconv::inverse_sqrt_backward", mutates_args=())
+@_no_autocast
+def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int, backend: str) -> Tensor:
+    return stages(backend).inverse_sqrt_backward(grad, basis, spectrum, n_iter)
+
+
+@inverse_sqrt_backward.register_fake
+def _(grad, basis, spectrum, n_iter, backend):  # type: ignore[no-untyped-def]
+    return _empty(grad, grad.shape)
+
+
+def _inverse_sqrt_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, ctx.n_iter, ctx.backend = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _inverse_sqrt_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    return inverse_sqrt_backward(grad, *ctx.saved_tensors, ctx.n_iter, ctx.backend), None, None
+
+
+inverse_sqrt.register_autograd(_inverse_sqrt_backward, setup_context=_inverse_sqrt_setup)

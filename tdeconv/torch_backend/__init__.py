@@ -1,0 +1,23 @@
+"""The fast plain-PyTorch backend: four stages, each with its gradient written out (see :mod:`tdeconv.corridor`).
+
+Runs on any device; the choices in it were measured on CPUs (bench/results).
+"""
+
+from tdeconv.torch_backend.convolve import convolve, convolve_backward, native
+from tdeconv.torch_backend.fold import fold, fold_backward, fold_backward_statistics
+from tdeconv.torch_backend.inverse_sqrt import inverse_sqrt, inverse_sqrt_backward, inverse_sqrt_saved
+from tdeconv.torch_backend.patch_moments import patch_moments, patch_moments_backward_
+
+__all__ = [
+    "convolve",
+    "convolve_backward",
+    "fold",
+    "fold_backward",
+    "fold_backward_statistics",
+    "inverse_sqrt",
+    "inverse_sqrt_backward",
+    "inverse_sqrt_saved",
+    "native",
+    "patch_moments",
+    "patch_moments_backward_",
+]

@@ -1,0 +1,97 @@
+"""Second stage: the inverse root, exactly the n-step Newton-Schulz polynomial of the covariance.
+
+On a CPU an eigendecomposition costs less than the products of the iteration: the polynomial is then a scalar
+recurrence on the eigenvalues, ``S = V q(L) V^T``, and its gradient ``V (F o (V^T grad V)) V^T`` with F the divided
+differences of q. Those follow the same recurrence, with no division, so near-equal eigenvalues stay exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdeconv.torch_backend import newton_schulz
+
+# Below this size a batch of products beats LAPACK's one-by-one decompositions.
+_EIGH_FROM = 24
+# More steps than this amplify float32's rounding of small eigenvalues: decompose in float64.
+_SINGLE_STEPS = 7
+
+
+def uses_eigh(cov: Tensor) -> bool:
+    """Whether the root comes from an eigendecomposition: on a CPU, except for tiny matrices."""
+    return cov.device.type == "cpu" and cov.shape[-1] >= _EIGH_FROM
+
+
+def _dtype(cov: Tensor, n_iter: int) -> torch.dtype:
+    return torch.float64 if cov.device.type == "cpu" and n_iter > _SINGLE_STEPS else cov.dtype
+
+
+def _scalars(values: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Normalised eigenvalues' ``z_n``, and the norms ``(b, 1)``; ``values (b, D)``."""
+    norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    a, z = values / norm, torch.ones_like(values)
+    for _ in range(n_iter):
+        z = z * (1.5 - 0.5 * a * z * z)
+    return z, norm
+
+
+def _divided_differences(a: Tensor, n_iter: int) -> Tensor:
+    """``(z_n(a_i) - z_n(a_j)) / (a_i - a_j)``, or ``z_n'(a_i)`` where they are equal, as ``(b, D, D)``.
+
+    By the product rule of divided differences, ``[fg] = f_i [g] + [f] g_j``, applied to ``z t`` and ``t = (3 - a z z)/2``.
+    """
+    z, ai = torch.ones_like(a), a.unsqueeze(-1)
+    diff = a.new_zeros(*a.shape, a.shape[-1])
+    for _ in range(n_iter):
+        w, zi = (z * z).unsqueeze(-2), z.unsqueeze(-1)
+        t = 1.5 - 0.5 * a * z * z
+        diff_t = torch.addcmul(w, ai, diff * (zi + z.unsqueeze(-2))).mul_(-0.5)
+        diff = diff_t.mul_(zi).addcmul_(diff, t.unsqueeze(-2))
+        z = z * t
+    return diff
+
+
+def inverse_sqrt_saved(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    dtype = _dtype(cov, n_iter)
+    return cov.new_empty(cov.shape, dtype=dtype), cov.new_empty(cov.shape[:-1], dtype=dtype)
+
+
+def _eigh(cov: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and vectors, or None where LAPACK does not converge or the matrix is not finite."""
+    if not torch.isfinite(cov).all():
+        return None
+    try:
+        return torch.linalg.eigh(cov)
+    except torch.linalg.LinAlgError:
+        return None
+
+
+def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The root; then eigenvectors and eigenvalues, or the covariance and NaN where it came from products."""
+    work = cov.to(_dtype(cov, n_iter))
+    eigen = _eigh(work) if uses_eigh(work) else None
+    if eigen is None:
+        root = newton_schulz.inverse_sqrt(work, n_iter)
+        basis = work.clone() if work is cov else work
+        return root.to(cov.dtype), basis, work.new_full(work.shape[:-1], torch.nan)
+    values, vectors = eigen
+    z, norm = _scalars(values, n_iter)
+    half = vectors * (z / norm.sqrt()).sqrt().unsqueeze(-2)
+    return (half @ half.mT).to(cov.dtype), vectors.contiguous(), values
+
+
+def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int) -> Tensor:
+    dtype, grad = grad.dtype, grad.to(basis.dtype)
+    if not uses_eigh(basis) or spectrum.isnan().any():
+        return newton_schulz.inverse_sqrt_backward(grad, basis, n_iter).to(dtype)
+    z, norm = _scalars(spectrum, n_iter)
+    inner = basis.mT @ (grad + grad.mT).div_(2) @ basis
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    norm_share = (z * diagonal).sum(-1, keepdim=True)
+    inner = inner * _divided_differences(spectrum / norm, n_iter) * norm.unsqueeze(-1) ** -1.5
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    # the norm n takes part: S = q(L / n) / sqrt(n) and dn = sum(L dL) / n
+    along = -(spectrum * diagonal).sum(-1, keepdim=True) / norm - 0.5 * norm**-1.5 * norm_share
+    diagonal += along * spectrum / norm
+    return (basis @ inner @ basis.mT).to(dtype)

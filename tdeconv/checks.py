@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def positive_int(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return cast(int, value)  # a SymInt stands in for one under torch.compile
 
 
 def positive_number(name: str, value: Any) -> float:
@@ -62,7 +62,9 @@ def float_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
-        raise TypeError(f"{name} must have a real floating-point dtype, got {value.dtype}; convert it, e.g. {name}.float()")
+        raise TypeError(
+            f"{name} must have a real floating-point dtype, got {value.dtype}; convert it, e.g. {name}.float()"
+        )
     return value
 
 
@@ -103,7 +105,8 @@ def same_dtype(x: Tensor, **others: Tensor | None) -> None:
 def channels(x: Tensor, expected: int, axis: int = 1) -> None:
     if x.shape[axis] != expected:
         raise ValueError(
-            f"expected an input with {expected} channels along axis {axis}, got {x.shape[axis]} (shape {tuple(x.shape)})"
+            f"expected an input with {expected} channels along axis {axis}, got {x.shape[axis]} "
+            f"(shape {tuple(x.shape)})"
         )
 
 
@@ -111,8 +114,8 @@ def kernel_fits(x: Tensor, geo: Geometry) -> None:
     for axis, (n, p, w) in enumerate(zip(x.shape[2:], geo.padding, geo.window, strict=True)):
         if n + 2 * p < w:
             raise ValueError(
-                f"the kernel (extent {w} with dilation) is larger than the padded input (size {n} + 2*{p}) along spatial "
-                f"axis {axis}; use a larger input, more padding or a smaller kernel_size"
+                f"the kernel (extent {w} with dilation) is larger than the padded input (size {n} + 2*{p}) along "
+                f"spatial axis {axis}; use a larger input, more padding or a smaller kernel_size"
             )
 
 
@@ -129,8 +132,8 @@ def weight_of(weight: Any, x: Tensor, bias: Tensor | None, groups: int) -> None:
     divides("groups", groups, "the output channels", weight.shape[0])
     if weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
-            f"weight of shape {tuple(weight.shape)} with groups={groups} needs an input with {weight.shape[1] * groups} "
-            f"channels, got {x.shape[1]} (shape {tuple(x.shape)})"
+            f"weight of shape {tuple(weight.shape)} with groups={groups} needs an input with "
+            f"{weight.shape[1] * groups} channels, got {x.shape[1]} (shape {tuple(x.shape)})"
         )
     if bias is not None:
         float_tensor("bias", bias)

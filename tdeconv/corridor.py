@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
+from tdeconv.layout import memory_format
 
 
 class Stages(Protocol):
     """The contract of a fast backend. ``b`` covariances of ``D`` features, as in :mod:`tdeconv.reference`."""
 
-    def native(self, x: Tensor) -> Tensor:
+    def native(self, x: Tensor, weight: Tensor) -> Tensor:
         """The input, or its gradient, in the memory layout the backend computes in."""
 
     def patch_moments(self, x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]: ...
@@ -41,14 +42,16 @@ class Stages(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
     def fold_backward(
-        self, grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, mean: Tensor, deconv: Tensor, geo: Geometry
-    ) -> Tensor:
-        """Gradient of the weight."""
-
-    def fold_backward_statistics(
-        self, grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, mean: Tensor, deconv: Tensor, geo: Geometry
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean and of the root."""
+        self,
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        deconv: Tensor,
+        geo: Geometry,
+        need_statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of the weight, and of the mean and the root (None unless needed)."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor: ...
 
@@ -72,7 +75,7 @@ def forward(
     stages: Stages, x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, eps: float, n_iter: int
 ) -> tuple[Tensor, Saved]:
     """The layer in training: the output, and the rest of the forward."""
-    x = stages.native(x)
+    x = stages.native(x, weight)
     mean, cov = stages.patch_moments(x, geo)
     cov.diagonal(dim1=-2, dim2=-1).add_(eps)
     deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
@@ -85,14 +88,15 @@ def backward(
     stages: Stages, grad: Tensor, x: Tensor, weight: Tensor, saved: Saved, geo: Geometry, n_iter: int, need_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the input (None unless needed), the weight and the bias."""
-    x, grad = stages.native(x), stages.native(grad)
+    x = stages.native(x, weight)
+    grad = grad.contiguous(memory_format=memory_format(x))
     grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, saved.folded, geo, need_x)
     stat = saved.mean.dtype
     grad_folded, grad_bias = grad_folded.to(stat), grad_bias.to(stat)
-    fold_args = (grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo)
-    grad_weight = stages.fold_backward(*fold_args)
-    if grad_x is not None:
-        grad_mean, grad_deconv = stages.fold_backward_statistics(*fold_args)
+    grad_weight, grad_mean, grad_deconv = stages.fold_backward(
+        grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo, need_statistics=need_x
+    )
+    if grad_x is not None and grad_mean is not None and grad_deconv is not None:
         grad_cov = stages.inverse_sqrt_backward(grad_deconv, saved.basis, saved.spectrum, n_iter)
         stages.patch_moments_backward_(grad_x, x, saved.mean, grad_mean, grad_cov, geo)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

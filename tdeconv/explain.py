@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
-from tdeconv import ops
 from tdeconv.backends import choose
 
 
@@ -21,5 +22,5 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     """
     if not hasattr(layer, "running_deconv"):
         raise TypeError(f"layer must be a deconvolution layer, got {type(layer).__name__}")
-    choice = choose(layer.backend, x.device)
+    choice = choose(cast("str | None", layer.backend), x.device)
     return f"{type(layer).__name__}: backend {choice.backend!r}, {choice.reason}"

@@ -64,9 +64,7 @@ def patch_moments(
     geo = _geometry(x, kernel_size, stride, padding, dilation, groups, block, grouping, 1)
     with torch.autocast(x.device.type, enabled=False):
         name = choose(backend, x.device).backend
-        mean, cov = (
-            reference.patch_moments(x, geo) if name == "reference" else ops.patch_moments(x, geo.pack(), name)
-        )
+        mean, cov = reference.patch_moments(x, geo) if name == "reference" else ops.patch_moments(x, geo.pack(), name)
     return mean.flatten(), cov if groups > 1 else cov.squeeze(0)
 
 
@@ -211,8 +209,8 @@ def fast_deconv(
         raise ValueError(f"weight must have shape (O, C/groups, *kernel) with 1 to 3 axes, got {tuple(weight.shape)}")
     if x.ndim not in (rank + 1, rank + 2):
         raise ValueError(
-            f"expected an input of {rank + 2} dimensions (N, C, *spatial), or {rank + 1} without a batch, for a weight of "
-            f"shape {tuple(weight.shape)}; got shape {tuple(x.shape)}"
+            f"expected an input of {rank + 2} dimensions (N, C, *spatial), or {rank + 1} without a batch, for a weight "
+            f"of shape {tuple(weight.shape)}; got shape {tuple(x.shape)}"
         )
     batch = x if x.ndim == rank + 2 else x.unsqueeze(0)
     checks.weight_of(weight, batch, bias, groups)
@@ -326,9 +324,7 @@ def _layer(
     return y
 
 
-def _fold(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry
-) -> tuple[Tensor, Tensor]:
+def _fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     """Fold unbatched statistics, as users and buffers hold them."""
     stat, d = statistics_dtype(weight.dtype), geo.features
     return reference.fold(weight, bias, mean.to(stat).reshape(-1, d), deconv.to(stat).reshape(-1, d, d), geo)

@@ -81,11 +81,9 @@ class Geometry:
             for n, p, w, s in zip(spatial, self.padding, self.window, self.sample_stride, strict=True)
         )
 
-    def one_group(self) -> Geometry:
-        """A single group's layer, as its rows of the weight see it."""
-        if self.groups == 1:
-            return self
-        return replace(self, channels=self.channels // self.groups, groups=1, grouping="contiguous")
+    def every(self) -> Geometry:
+        """The convolution itself: the same layer without sampling."""
+        return replace(self, sampling_stride=1)
 
     def pack(self) -> list[int]:
         """As a flat list of ints, the form in which PyTorch operators take it."""

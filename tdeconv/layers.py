@@ -29,6 +29,7 @@ class _FastDeconvNd(_ConvNd):
     track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
     running_mean: Tensor
     running_deconv: Tensor
+    num_batches_tracked: Tensor  # with freeze
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class _FastDeconvNd(_ConvNd):
             (0,) * rank,
             groups,
             bias,
-            padding_mode,
+            padding_mode,  # type: ignore[arg-type]  # torch refuses other names
             device=device,
             dtype=checks.float_dtype(dtype),
         )
@@ -169,7 +170,7 @@ class _FastDeconvNd(_ConvNd):
             extra.append(f"freeze=True, freeze_iter={self.freeze_iter}")
         if self.backend is not None:
             extra.append(f"backend={self.backend}")
-        return ", ".join([super().extra_repr(), *extra])
+        return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # checkpoints of the paper's code do not have the counter of freezing

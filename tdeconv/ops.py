@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdeconv import corridor
 from tdeconv.geometry import Geometry
+from tdeconv.layout import memory_format
 from tdeconv.precision import statistics_dtype
 
 _MODULES = {"torch": "tdeconv.torch_backend"}
@@ -24,7 +25,7 @@ _MODULES = {"torch": "tdeconv.torch_backend"}
 @functools.cache
 def stages(backend: str) -> corridor.Stages:
     """The module of a fast backend, loaded on first use."""
-    return importlib.import_module(_MODULES[backend])  # type: ignore[return-value]
+    return importlib.import_module(_MODULES[backend])
 
 
 def _no_autocast(function: Any) -> Any:
@@ -38,20 +39,8 @@ def _no_autocast(function: Any) -> Any:
     return inner
 
 
-def _layout(*tensors: Tensor) -> torch.memory_format:
-    """channels_last if any tensor is, as torch's convolutions decide."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for t in tensors:
-        fmt = formats.get(t.ndim)
-        if fmt is not None and t.is_contiguous(memory_format=fmt) and not t.is_contiguous():
-            return fmt
-    return torch.contiguous_format
-
-
 def _empty(like: Tensor, shape: tuple[int, ...], *layout_of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(
-        shape, dtype=dtype or like.dtype, device=like.device, memory_format=_layout(*layout_of)
-    )
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(*layout_of))
 
 
 # ------------------------------------------------------------------------------------------------ the whole layer
@@ -63,7 +52,7 @@ def deconvolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], eps: float, n_iter: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, saved = corridor.forward(stages(backend), x, weight, bias, Geometry.unpack(geometry), eps, n_iter)
-    return y.contiguous(memory_format=_layout(x, weight)), *saved
+    return y.contiguous(memory_format=memory_format(x, weight)), *saved
 
 
 @deconvolve.register_fake
@@ -72,7 +61,8 @@ def _(x, weight, bias, geometry, eps, n_iter, backend):  # type: ignore[no-untyp
     axes = zip(x.shape[2:], geo.padding, geo.window, geo.stride, strict=True)
     y = _empty(x, (x.shape[0], weight.shape[0], *((n + 2 * p - w) // s + 1 for n, p, w, s in axes)), x, weight)
     mean, cov = _empty_moments(x, geo)
-    folded = _empty(x, weight.shape)
+    o, c, *kernel = weight.shape
+    folded = _empty(x, (o, *kernel, c)).movedim(-1, 1)
     return y, mean, cov, folded, *stages(backend).inverse_sqrt_saved(cov, n_iter)
 
 
@@ -95,12 +85,12 @@ def deconvolve_backward(
     saved = corridor.Saved(mean, deconv, folded, basis, spectrum)
     geo = Geometry.unpack(geometry)
     dx, dw, db = corridor.backward(stages(backend), grad, x, weight, saved, geo, n_iter, need_x)
-    dx = x.new_empty(0) if dx is None else dx.contiguous(memory_format=_layout(x))
-    return dx, dw.contiguous(memory_format=_layout(weight)), db
+    dx = x.new_empty(0) if dx is None else dx.contiguous(memory_format=memory_format(x))
+    return dx, dw.contiguous(memory_format=memory_format(weight)), db
 
 
 @deconvolve_backward.register_fake
-def _(grad, x, weight, mean, deconv, folded, basis, spectrum, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(grad, x, weight, mean, deconv, folded, basis, spectrum, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]
     dx = _empty(x, x.shape, x) if need_x else x.new_empty(0)
     return dx, _empty(weight, weight.shape, weight), weight.new_empty(weight.shape[0])
 

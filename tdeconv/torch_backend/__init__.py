@@ -4,7 +4,7 @@ Runs on any device; the choices in it were measured on CPUs (bench/results).
 """
 
 from tdeconv.torch_backend.convolve import convolve, convolve_backward, native
-from tdeconv.torch_backend.fold import fold, fold_backward, fold_backward_statistics
+from tdeconv.torch_backend.fold import fold, fold_backward
 from tdeconv.torch_backend.inverse_sqrt import inverse_sqrt, inverse_sqrt_backward, inverse_sqrt_saved
 from tdeconv.torch_backend.patch_moments import patch_moments, patch_moments_backward_
 
@@ -13,7 +13,6 @@ __all__ = [
     "convolve_backward",
     "fold",
     "fold_backward",
-    "fold_backward_statistics",
     "inverse_sqrt",
     "inverse_sqrt_backward",
     "inverse_sqrt_saved",

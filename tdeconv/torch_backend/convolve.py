@@ -2,43 +2,80 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tdeconv import reference
 from tdeconv.geometry import Geometry
-from tdeconv.torch_backend.taps import taps
+from tdeconv.layout import memory_format
+from tdeconv.torch_backend.patches import taps
 
-# From this many channels on both sides, one product per tap beats the library's weight gradient.
-_PRODUCTS_FROM = 128
+# With this many channels on both sides, a CPU's convolutions are faster channels-last by more than the change of layout
+# costs, and the weight gradient faster as one product per tap, which skips the padding.
+_WIDE = 128
+# Up to this many pixels in and out, so is the whole convolution, pixel by pixel: most taps fall on padding.
+_FEW_PIXELS = 4
 
 
-def native(x: Tensor) -> Tensor:
-    """The input in the memory layout this backend computes in: channels last, where the CPU's convolutions gain."""
-    if x.device.type == "cpu" and x.ndim == 4 and x.dtype == torch.float32:
+def _wide(x: Tensor, weight: Tensor) -> bool:
+    ungrouped = x.shape[1] == weight.shape[1]
+    kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return kind and ungrouped and x.ndim > 2 and min(weight.shape[:2]) >= _WIDE
+
+
+def native(x: Tensor, weight: Tensor) -> Tensor:
+    """The input in the memory layout this backend computes in: channels last, where a CPU's convolutions gain by it."""
+    if x.ndim == 4 and x.dtype == torch.float32 and _wide(x, weight):
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
+def _pairs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Tap, output pixel and input pixel of every product of a convolution that does not fall on padding."""
+    for tap, at, reads in taps(pixels, geo):
+        outs = [range(s.start, s.stop) for s in at[1:]]
+        ins = [range(s.start, s.stop, s.step or 1) for s in reads[1:]]
+        yield from zip(itertools.repeat(tap), itertools.product(*outs), itertools.product(*ins))
+
+
+def _tap_weights(weight: Tensor) -> Tensor:
+    """``(O, taps, C)``; a view of a folded weight."""
+    return weight.movedim(1, -1).flatten(1, -2)
+
+
+def _few_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
+    spatial = tuple(x.shape[2:])
+    return _wide(x, weight) and max(math.prod(spatial), math.prod(geo.every().positions(spatial))) <= _FEW_PIXELS
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
-    return reference.convolve(x, weight, bias, geo)
+    if not _few_pixels(x, weight, geo):
+        return reference.convolve(x, weight.contiguous(memory_format=memory_format(x)), bias, geo)
+    every, pixels, by_tap = geo.every(), x.movedim(1, -1), _tap_weights(weight)
+    y = bias.expand(x.shape[0], *every.positions(tuple(x.shape[2:])), -1).contiguous()
+    for tap, out, into in _pairs(pixels, every):
+        y[(slice(None), *out)].addmm_(pixels[(slice(None), *into)], by_tap[:, tap].t())
+    return y.movedim(-1, 1)
 
 
-def _by_products(x: Tensor, geo: Geometry, out_channels: int) -> bool:
-    return x.device.type == "cpu" and geo.groups == 1 and min(geo.channels, out_channels) >= _PRODUCTS_FROM
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    pixels, grads, by_tap = x.movedim(1, -1), grad.movedim(1, -1), _tap_weights(weight)
+    grad_pixels = torch.zeros_like(pixels, memory_format=torch.contiguous_format)
+    for tap, out, into in _pairs(pixels, geo.every()):
+        grad_pixels[(slice(None), *into)].addmm_(grads[(slice(None), *out)], by_tap[:, tap])
+    return grad_pixels.movedim(-1, 1)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
-    """``dW[:, :, tap] = grad^T x`` over the positions at which the tap falls inside the input; padding is skipped."""
     o, c = weight.shape[:2]
-    spatial, positions = tuple(x.shape[2:]), tuple(grad.shape[2:])
-    out = grad.new_zeros(o, math.prod(geo.kernel_size), c)
     pixels, grads = x.movedim(1, -1), grad.movedim(1, -1)
-    for tap, at, reads in taps(geo, spatial, positions, geo.stride):
-        g, p = grads[(slice(None), *at)].reshape(-1, o), pixels[(slice(None), *reads)].reshape(-1, c)
-        torch.mm(g.t(), p, out=out[:, tap])
+    out = grad.new_zeros(o, geo.taps, c)
+    for tap, at, reads in taps(pixels, geo.every()):
+        torch.mm(grads[at].reshape(-1, o).t(), pixels[reads].reshape(-1, c), out=out[:, tap])
     return out.view(o, *geo.kernel_size, c).movedim(-1, 1)
 
 
@@ -47,11 +84,11 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     if not geo.kernel_size:
         return grad @ weight if need_x else None, grad.t() @ x, grad.sum(0)
-    products = _by_products(x, geo, weight.shape[0])
+    wide, few = _wide(x, weight), _few_pixels(x, weight, geo)
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
         x,
-        weight,
+        weight.contiguous(memory_format=memory_format(x)),
         [weight.shape[0]],
         geo.stride,
         geo.padding,
@@ -59,9 +96,11 @@ def convolve_backward(
         False,
         [0] * len(geo.stride),
         geo.groups,
-        [need_x, not products, not products],
+        [need_x and not few, not wide, not wide],
     )
-    if products:
+    if wide:
         grad_weight = _weight_gradient(grad, x, weight, geo)
         grad_bias = grad.sum((0, *range(2, grad.ndim)))
+    if few and need_x:
+        grad_x = _input_gradient(grad, x, weight, geo)
     return grad_x if need_x else None, grad_weight, grad_bias

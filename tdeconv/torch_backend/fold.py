@@ -1,53 +1,62 @@
-"""Third stage: the inverse root and the mean folded into weight and bias."""
+"""Third stage: the inverse root and the mean folded into weight and bias, a few output channels at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
-from tdeconv.torch_backend.taps import from_vectors, to_vectors
+from tdeconv.reference import weight_from_vectors, weight_vectors
+from tdeconv.torch_backend.chunks import chunk_rows
 
 
-def _rows(weight: Tensor) -> Tensor:
-    """A weight ``(O, C/groups, *kernel)`` as tap-major rows ``(O, taps*C/groups)``."""
-    return weight.movedim(1, -1).reshape(weight.shape[0], -1)
+def _parts(weight: Tensor, geo: Geometry) -> Iterator[slice]:
+    """Output channels worked on together: all of them where the vectors are views already."""
+    out = weight.shape[0]
+    step = chunk_rows(weight[0].numel()) if geo.interleaved and geo.pooled > 1 else out
+    for first in range(0, out, step):
+        yield slice(first, first + step)
 
 
-def _vectors(weight: Tensor, geo: Geometry) -> Tensor:
-    """The weight's vectors ``(b, (O/groups)*G, D)``."""
-    one = geo.one_group()
-    return to_vectors(_rows(weight), one).view(geo.groups, -1, geo.features)
-
-
-def _weight(vectors: Tensor, geo: Geometry, shape: torch.Size) -> Tensor:
-    """Inverse of :func:`_vectors`; channels last in memory."""
-    rows = from_vectors(vectors.reshape(shape[0], -1), geo.one_group())
-    return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+def channels_last_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty weight whose channels are innermost: one tap's ``(O, C/groups)`` is then a matrix in place."""
+    o, c, *kernel = weight.shape
+    return weight.new_empty((o, *kernel, c), dtype=dtype).movedim(-1, 1)
 
 
 def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
-    folded = _vectors(weight.to(deconv.dtype), geo) @ deconv
-    shift = (folded @ mean.unsqueeze(-1)).reshape(weight.shape[0], -1).sum(1)
-    return _weight(folded, geo, weight.shape), (-shift if bias is None else bias.to(shift.dtype) - shift)
-
-
-def _total_gradient(grad_weight: Tensor, grad_bias: Tensor, mean: Tensor, geo: Geometry) -> Tensor:
-    """The folded weight's gradient with what reaches it through the folded bias, ``(b, (O/groups)*G, D)``."""
-    per_vector = grad_bias.view(geo.groups, -1, 1).repeat_interleave(geo.pooled, dim=1)
-    return torch.baddbmm(_vectors(grad_weight, geo), per_vector, mean.unsqueeze(1), alpha=-1)
+    folded = channels_last_weight(weight, deconv.dtype)
+    shift = folded.new_zeros(weight.shape[0]) if bias is None else bias.to(deconv.dtype, copy=True)
+    for part in _parts(weight, geo):
+        w = weight[part]
+        vectors = weight_vectors(w.to(deconv.dtype), geo) @ deconv
+        folded[part] = weight_from_vectors(vectors, geo, w.shape)
+        shift[part] -= (vectors @ mean.unsqueeze(-1)).view(w.shape[0], -1).sum(1)
+    return folded, shift
 
 
 def fold_backward(
-    grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, mean: Tensor, deconv: Tensor, geo: Geometry
-) -> Tensor:
-    return _weight(_total_gradient(grad_weight, grad_bias, mean, geo) @ deconv, geo, weight.shape)
-
-
-def fold_backward_statistics(
-    grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, mean: Tensor, deconv: Tensor, geo: Geometry
-) -> tuple[Tensor, Tensor]:
-    vectors = _vectors(weight.to(deconv.dtype), geo)
-    per_vector = grad_bias.view(geo.groups, -1, 1).repeat_interleave(geo.pooled, dim=1)
-    grad_mean = -(deconv @ (vectors.mT @ per_vector)).squeeze(-1)
-    return grad_mean, vectors.mT @ _total_gradient(grad_weight, grad_bias, mean, geo)
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deconv: Tensor,
+    geo: Geometry,
+    need_statistics: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    unfolded = torch.empty_like(weight, dtype=deconv.dtype)
+    grad_mean, grad_deconv = torch.zeros_like(mean).unsqueeze(-1), torch.zeros_like(deconv)
+    for part in _parts(weight, geo):
+        w, per_vector = weight[part], grad_bias[part].view(geo.groups, -1, 1).repeat_interleave(geo.pooled, dim=1)
+        # what reaches the folded weight through the folded bias is a product of vectors
+        grad = torch.baddbmm(weight_vectors(grad_weight[part], geo), per_vector, mean.unsqueeze(1), alpha=-1)
+        unfolded[part] = weight_from_vectors(grad @ deconv, geo, w.shape)
+        if need_statistics:
+            vectors = weight_vectors(w.to(deconv.dtype), geo)
+            grad_mean.baddbmm_(vectors.mT, per_vector)
+            grad_deconv.baddbmm_(vectors.mT, grad)
+    if not need_statistics:
+        return unfolded, None, None
+    return unfolded, -(deconv @ grad_mean).squeeze(-1), grad_deconv

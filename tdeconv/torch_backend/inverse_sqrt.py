@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdeconv.torch_backend import newton_schulz
+from tdeconv.torch_backend import newton_schulz, symmetric
 
 # Below this size a batch of products beats LAPACK's one-by-one decompositions.
 _EIGH_FROM = 24
@@ -41,12 +41,13 @@ def _divided_differences(a: Tensor, n_iter: int) -> Tensor:
 
     By the product rule of divided differences, ``[fg] = f_i [g] + [f] g_j``, applied to ``z t`` and ``t = (3 - a z z)/2``.
     """
-    z, ai = torch.ones_like(a), a.unsqueeze(-1)
-    diff = a.new_zeros(*a.shape, a.shape[-1])
-    for _ in range(n_iter):
-        w, zi = (z * z).unsqueeze(-2), z.unsqueeze(-1)
+    z = 1.5 - 0.5 * a
+    diff = a.new_full((*a.shape, a.shape[-1]), -0.5)  # of the first step, z = (3 - a)/2
+    half = (-0.5 * a).unsqueeze(-1)
+    for _ in range(n_iter - 1):
+        zi, zj = z.unsqueeze(-1), z.unsqueeze(-2)
         t = 1.5 - 0.5 * a * z * z
-        diff_t = torch.addcmul(w, ai, diff * (zi + z.unsqueeze(-2))).mul_(-0.5)
+        diff_t = torch.addcmul(-0.5 * zj * zj, half, (zi + zj).mul_(diff))
         diff = diff_t.mul_(zi).addcmul_(diff, t.unsqueeze(-2))
         z = z * t
     return diff
@@ -68,7 +69,7 @@ def _eigh(cov: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The root; then eigenvectors and eigenvalues, or the covariance and NaN where it came from products."""
+    """The root; then eigenvectors (as rows) and eigenvalues, or the covariance and NaN where it came from products."""
     work = cov.to(_dtype(cov, n_iter))
     eigen = _eigh(work) if uses_eigh(work) else None
     if eigen is None:
@@ -77,8 +78,9 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
         return root.to(cov.dtype), basis, work.new_full(work.shape[:-1], torch.nan)
     values, vectors = eigen
     z, norm = _scalars(values, n_iter)
-    half = vectors * (z / norm.sqrt()).sqrt().unsqueeze(-2)
-    return (half @ half.mT).to(cov.dtype), vectors.contiguous(), values
+    rows = vectors.mT.contiguous()  # LAPACK's vectors are columns: as rows they lie in order
+    half = rows * (z / norm.sqrt()).sqrt().unsqueeze(-1)
+    return symmetric.product(half.mT, half).to(cov.dtype), rows, values
 
 
 def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int) -> Tensor:
@@ -86,12 +88,12 @@ def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter:
     if not uses_eigh(basis) or spectrum.isnan().any():
         return newton_schulz.inverse_sqrt_backward(grad, basis, n_iter).to(dtype)
     z, norm = _scalars(spectrum, n_iter)
-    inner = basis.mT @ (grad + grad.mT).div_(2) @ basis
+    inner = symmetric.product(basis, (grad + grad.mT).div_(2) @ basis.mT)
     diagonal = inner.diagonal(dim1=-2, dim2=-1)
     norm_share = (z * diagonal).sum(-1, keepdim=True)
-    inner = inner * _divided_differences(spectrum / norm, n_iter) * norm.unsqueeze(-1) ** -1.5
+    inner.mul_(_divided_differences(spectrum / norm, n_iter)).mul_(norm.unsqueeze(-1) ** -1.5)
     diagonal = inner.diagonal(dim1=-2, dim2=-1)
     # the norm n takes part: S = q(L / n) / sqrt(n) and dn = sum(L dL) / n
     along = -(spectrum * diagonal).sum(-1, keepdim=True) / norm - 0.5 * norm**-1.5 * norm_share
     diagonal += along * spectrum / norm
-    return (basis @ inner @ basis.mT).to(dtype)
+    return symmetric.product(basis.mT @ inner, basis).to(dtype)

@@ -1,85 +1,84 @@
-"""First stage: mean and covariance of the sampled patches, and their gradient added into the input's."""
+"""First stage: mean and covariance of the sampled patches, and their gradient added into the input's.
+
+The patch matrix never exists as a whole: a few images at a time are gathered tap by tap into rows ``(M, taps, C)`` (from
+a channels-last input that copies runs of C contiguous values), centred and brought into the order of the layer's
+vectors, and multiplied while they are in the cache.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
-from tdeconv.precision import statistics_dtype
-from tdeconv.torch_backend.taps import batched, from_vectors, taps, to_vectors, unbatched
-
-# From here on the symmetric half of the moments in three row blocks (2/3 of the work) beats one product.
-_HALF_FROM = 192
-
-
-def _pixels(x: Tensor, geo: Geometry) -> Tensor:
-    """A pointwise kernel's samples, a strided view or copy ``(M, C)``."""
-    step = math.prod(geo.sample_stride)
-    return x.movedim(1, -1).reshape(-1, geo.channels)[::step]
-
-
-def _gather(x: Tensor, geo: Geometry) -> Tensor:
-    """Sampled patches ``(M, taps*C)``, tap-major, in the statistics' dtype."""
-    dtype = statistics_dtype(x.dtype)
-    if geo.pointwise:
-        return _pixels(x, geo).to(dtype)
-    positions = geo.positions(tuple(x.shape[2:]))
-    shape = (x.shape[0], *positions, geo.taps, geo.channels)
-    rows = torch.zeros(shape, dtype=dtype, device=x.device) if any(geo.padding) else x.new_empty(shape, dtype=dtype)
-    pixels = x.movedim(1, -1)
-    for tap, at, reads in taps(geo, tuple(x.shape[2:]), positions, geo.sample_stride):
-        rows[(slice(None), *at, tap)] = pixels[(slice(None), *reads)]
-    return rows.view(-1, geo.taps * geo.channels)
-
-
-def _scatter_add_(grad_x: Tensor, rows: Tensor, geo: Geometry) -> None:
-    """Adjoint of :func:`_gather`; one tap's positions never overlap, so the sum is the same every time."""
-    if geo.pointwise:
-        step = math.prod(geo.sample_stride)
-        flat = grad_x.movedim(1, -1)
-        if flat.is_contiguous():
-            flat.view(-1, geo.channels)[::step] += rows
-        else:
-            total = flat.reshape(-1, geo.channels).clone()
-            total[::step] += rows
-            flat.copy_(total.view(flat.shape))
-        return
-    positions = geo.positions(tuple(grad_x.shape[2:]))
-    rows = rows.view(grad_x.shape[0], *positions, geo.taps, geo.channels)
-    pixels = grad_x.movedim(1, -1)
-    for tap, at, reads in taps(geo, tuple(grad_x.shape[2:]), positions, geo.sample_stride):
-        pixels[(slice(None), *reads)] += rows[(slice(None), *at, tap)]
-
-
-def _gram(vectors: Tensor) -> Tensor:
-    """``V^T V`` of ``(b, R, D)``: lower blocks only where that pays, mirrored."""
-    b, _, d = vectors.shape
-    if b > 1 or d < _HALF_FROM:
-        return vectors.mT @ vectors
-    x = vectors[0]
-    gram = x.new_empty(d, d)
-    edges = [round(d * i / 3) for i in range(4)]
-    for low, high in zip(edges, edges[1:], strict=False):
-        torch.mm(x[:, low:high].t(), x[:, :high], out=gram[low:high, :high])
-    # the diagonal blocks are whole: the upper triangle is the transpose of the lower
-    return gram.tril_().add_(gram.tril(-1).t()).unsqueeze(0)
+from tdeconv.torch_backend import symmetric
+from tdeconv.torch_backend.patches import count, gather, parts, scatter_add_
 
 
 def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
-    vectors = batched(to_vectors(_gather(x, geo), geo), geo)
-    mean = vectors.mean(1)
-    centred = vectors - mean.unsqueeze(1)
-    return mean, _gram(centred).div_(vectors.shape[1])
+    cov, means, counts = None, [], []
+    for part in parts(x.movedim(1, -1).contiguous(), geo):
+        rows = gather(part, geo)
+        means.append(_pooled_mean(rows.mean(0), geo))
+        counts.append(rows.shape[0] * geo.pooled)
+        vectors = _centred_vectors(rows, means[-1], geo)
+        if cov is None:
+            cov = vectors.new_zeros(geo.groups, geo.features, geo.features)
+        symmetric.add_product_(cov, vectors.mT, vectors)
+    assert cov is not None
+    # each part was centred by its own mean: add the parts' means about the common one (no cancellation at any offset)
+    share = torch.tensor(counts, dtype=cov.dtype, device=cov.device).div_(sum(counts)).view(-1, 1, 1)
+    stacked = torch.stack(means)
+    mean = (stacked * share).sum(0)
+    between = ((stacked - mean) * share.sqrt()).transpose(0, 1)
+    cov = symmetric.mirror_(cov).div_(sum(counts)).baddbmm_(between.mT, between)
+    return mean, cov
 
 
 def patch_moments_backward_(
     grad_x: Tensor, x: Tensor, mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, geo: Geometry
 ) -> None:
-    rows = to_vectors(_gather(x, geo), geo)
-    vectors = batched(rows, geo) - mean.unsqueeze(1)
-    count = vectors.shape[1]
-    grad = torch.baddbmm(grad_mean.unsqueeze(1), vectors, grad_cov + grad_cov.mT, beta=1 / count, alpha=1 / count)
-    _scatter_add_(grad_x, from_vectors(unbatched(grad, geo, rows.shape[0]), geo), geo)
+    pixels, grad_pixels = x.movedim(1, -1).contiguous(), grad_x.movedim(1, -1)
+    target = grad_pixels.contiguous()
+    samples = count(pixels, geo) * geo.pooled
+    # the centred vectors sum to zero, so the mean gets nothing from the covariance
+    grad_cov, grad_mean = (grad_cov + grad_cov.mT) / samples, grad_mean / samples
+    for part, grad_part in zip(parts(pixels, geo), parts(target, geo), strict=True):
+        vectors = _centred_vectors(gather(part, geo), mean, geo)
+        scatter_add_(grad_part, _rows(vectors @ grad_cov, grad_mean, geo), geo)
+    if target is not grad_pixels:
+        grad_pixels.copy_(target)
+
+
+def _split(columns: Tensor, geo: Geometry) -> Tensor:
+    """Channel-major columns ``(R, C*taps)`` as vectors ``(R, G, D)``, or ``(R, groups, D)``; a view."""
+    if geo.interleaved:
+        return columns.view(-1, geo.features, geo.pooled).transpose(1, 2)
+    return columns.view(-1, geo.groups * geo.pooled, geo.features)
+
+
+def _pooled_mean(tap_means: Tensor, geo: Geometry) -> Tensor:
+    """Mean of the vectors ``(b, D)`` from that of the rows ``(taps, C)``."""
+    columns = tap_means.t().reshape(1, -1)
+    return _split(columns, geo).mean(1) if geo.groups == 1 else columns.view(geo.groups, -1)
+
+
+def _centred_vectors(rows: Tensor, mean: Tensor, geo: Geometry) -> Tensor:
+    """Rows ``(M, taps, C)`` as centred vectors ``(1, M*G, D)`` or ``(groups, M, D)``."""
+    vectors = rows.new_empty(rows.shape[0], geo.groups * geo.pooled, geo.features)
+    columns = rows.transpose(1, 2)  # (M, C, taps)
+    if geo.interleaved and geo.pooled == 1:
+        torch.sub(columns, mean.view(1, geo.block, geo.taps), out=vectors.view(columns.shape))
+    else:
+        torch.sub(_split(columns.reshape(rows.shape[0], -1), geo), mean, out=vectors)
+    return vectors.transpose(0, 1) if geo.groups > 1 else vectors.view(1, -1, geo.features)
+
+
+def _rows(vectors: Tensor, offset: Tensor, geo: Geometry) -> Tensor:
+    """Vectors plus an offset for each of their features ``(b, D)``, as rows ``(M, taps, C)``."""
+    if geo.groups > 1:
+        vectors = vectors.transpose(0, 1)
+    vectors = vectors.reshape(-1, geo.groups * geo.pooled, geo.features)
+    columns = vectors.new_empty(vectors.shape[0], geo.channels * geo.taps)
+    torch.add(vectors, offset, out=_split(columns, geo))
+    return columns.view(-1, geo.channels, geo.taps).transpose(1, 2).contiguous()

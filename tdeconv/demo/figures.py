@@ -1,0 +1,239 @@
+"""The demo's pictures, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tdeconv.demo.models import METHODS, TITLES
+from tdeconv.demo.train import Run
+from tdeconv.demo.whitening import Density, PatchWhitening, PixelDeconvolution
+
+INK, FAINT = "#222222", "#767676"
+COLOURS = {"batch_norm": "#d9720b", "deconvolution": "#1c63c4"}
+BEFORE, AFTER = "#8a8a8a", COLOURS["deconvolution"]
+RGB = {"R": "#d02f2f", "G": "#2a8f3c", "B": "#2b5fd0"}
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def _png(size: tuple[float, float], title: str, draw: Callable[[Any], None]) -> bytes:
+    """Draw on a new figure of ``size`` inches: no window, no global state."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(size, dpi=130, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+        draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _picture(axes: Any, image: Tensor | np.ndarray, title: str = "", **options: Any) -> Any:
+    shown = axes.imshow(image, interpolation="nearest", **options)
+    axes.set(xticks=[], yticks=[], title=title)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return shown
+
+
+# training ------------------------------------------------------------------------------------------------------------
+
+
+def training(runs: Sequence[Run], dataset: str, arch: str) -> bytes:
+    """Loss and accuracy against epochs and against training time, every seed and their mean (the paper's Fig. 12)."""
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(2, 2, sharey="row")
+        for method in METHODS:
+            _curves(panels, [run for run in runs if run.method == method], COLOURS[method], TITLES[method])
+        for column, label in enumerate(("epochs", "training time, seconds (evaluation excluded)")):
+            panels[0, column].set(yscale="log")
+            panels[1, column].set(xlabel=label)
+        panels[0, 0].set(ylabel="training loss (cross-entropy)")
+        panels[1, 0].set(ylabel="test accuracy, %")
+        panels[0, 1].legend(loc="upper right")
+        panels[0, 0].set_title("thin: one seed each; thick: their mean", fontsize=9, color=FAINT)
+
+    return _png((10, 7), f"Training {arch} on {dataset}: the same data, seeds and schedule", draw)
+
+
+def _curves(panels: Any, runs: list[Run], colour: str, title: str) -> None:
+    """One method's four curves: thin for each seed, thick for the mean over seeds."""
+    steps = len(runs[0].step_loss)
+    window = max(1, steps // 40)
+    keep = steps // window * window
+    loss, seconds = (
+        np.array([getattr(run, name)[:keep] for run in runs]).reshape(len(runs), -1, window).mean(2)
+        for name in ("step_loss", "step_seconds")
+    )
+    passed = (np.arange(loss.shape[1]) + 0.5) * window * len(runs[0].epochs) / steps
+    accuracy, elapsed = (
+        np.array([[getattr(epoch, name) for epoch in run.epochs] for run in runs])
+        for name in ("test_accuracy", "seconds")
+    )
+    epochs = np.arange(1, accuracy.shape[1] + 1)
+    for row, values, times, counts, marker in (
+        (0, loss, seconds, passed, ""),
+        (1, 100 * accuracy, elapsed, epochs, "o"),
+    ):
+        for axes, xs in ((panels[row, 0], np.broadcast_to(counts, values.shape)), (panels[row, 1], times)):
+            if len(runs) > 1:
+                axes.plot(xs.T, values.T, color=colour, alpha=0.3, linewidth=1)
+            axes.plot(xs.mean(0), values.mean(0), color=colour, linewidth=2.4, marker=marker, markersize=5, label=title)
+
+
+# patches -------------------------------------------------------------------------------------------------------------
+
+
+def covariance(whitening: PatchWhitening, dataset: str) -> bytes:
+    """The patches' covariance before and after, the matrix between, and their spectra (the paper's Fig. 3)."""
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.15))
+        images = (
+            (whitening.cov, "Covariance of the patches"),
+            (whitening.deconv, f"Deconvolution matrix ({whitening.n_iter} steps)"),
+            (whitening.whitened, "Covariance after deconvolution"),
+        )
+        for axes, (matrix, title) in zip(panels, images, strict=False):
+            reach = float(matrix.abs().max())
+            shown = _picture(axes, matrix, title, cmap="RdBu_r", vmin=-reach, vmax=reach)
+            figure.colorbar(shown, ax=axes, orientation="horizontal", shrink=0.8, pad=0.02)
+            _channel_marks(axes, whitening.channels, len(matrix))
+        _spectra(panels[3], whitening)
+
+    return _png((14, 4.6), f"3x3 patches of {dataset} before and after deconvolution", draw)
+
+
+def _channel_marks(axes: Any, channels: int, size: int) -> None:
+    """Lines between the channels' blocks of a patch's covariance, and their names."""
+    taps = size // channels
+    for k in range(1, channels):
+        axes.axhline(k * taps - 0.5, color="white", linewidth=1)
+        axes.axvline(k * taps - 0.5, color="white", linewidth=1)
+    if channels == 3:
+        places = [(k + 0.5) * taps - 0.5 for k in range(3)]
+        axes.set_xticks(places, list(RGB))
+        axes.set_yticks(places, list(RGB))
+        axes.tick_params(length=0)
+
+
+def _spectra(axes: Any, whitening: PatchWhitening) -> None:
+    curves = (
+        (whitening.cov, "before", BEFORE, "-"),
+        (whitening.few, f"after, {whitening.few_steps} steps", AFTER, "--"),
+        (whitening.whitened, f"after, {whitening.n_iter} steps", AFTER, "-"),
+    )
+    for matrix, label, colour, line in curves:
+        values = torch.linalg.eigvalsh(matrix).flip(0).clamp(min=1e-12)
+        axes.plot(range(1, len(values) + 1), values, line, color=colour, linewidth=2, label=label)
+    axes.set(yscale="log", xlabel="eigenvalue, largest first", title="Eigenvalues of the covariance")
+    axes.legend(loc="lower left")
+
+
+# photographs ---------------------------------------------------------------------------------------------------------
+
+
+def kernels(deconvolution: PixelDeconvolution) -> bytes:
+    """The deconvolution kernels of R, G and B, on- and off-centre (the paper's Fig. 2 and 9)."""
+    filters = deconvolution.kernels
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(3, 4, width_ratios=(1, 1, 1.12, 1.7))
+        for row, (name, colour) in enumerate(RGB.items()):
+            first = row == 0
+            compressed = _signed_root(filters[row] / filters[row].abs().max())
+            colours = (0.5 + 0.5 * compressed).permute(1, 2, 0)
+            _picture(panels[row, 0], colours, "on-centre, in colour*" if first else "")
+            _picture(panels[row, 1], 1 - colours, "off-centre (negated)*" if first else "")
+            shown = _picture(
+                panels[row, 2], compressed[row], "weights on its own channel*" if first else "",
+                cmap="RdBu_r", vmin=-1, vmax=1,
+            )  # fmt: skip
+            figure.colorbar(shown, ax=panels[row, 2], shrink=0.85, ticks=[-1, 0, 1])
+            panels[row, 0].set_ylabel(name, rotation=0, fontsize=16, fontweight="bold", color=colour, labelpad=14)
+            panels[row, 0].yaxis.label.set_verticalalignment("center")
+            _profile(panels[row, 3], filters[row], last=row == 2)
+        panels[0, 3].set_title("weights along the row through the centre")
+
+    size = filters.shape[-1]
+    return _png(
+        (12.5, 8.6), f"{size}x{size} deconvolution kernels of R, G, B from photographs: centre and surround", draw
+    )
+
+
+def _signed_root(values: Tensor) -> Tensor:
+    """Square root of the size, sign kept: shows the weak surround beside the strong centre."""
+    return values.sign() * values.abs().sqrt()
+
+
+def _profile(axes: Any, kernel: Tensor, last: bool) -> None:
+    size = kernel.shape[-1]
+    offsets = torch.arange(size) - size // 2
+    for weights, (name, colour) in zip(kernel, RGB.items(), strict=True):
+        axes.plot(offsets, weights[size // 2], color=colour, linewidth=2, marker=".", label=f"on {name}")
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    axes.legend(loc="upper right")
+    if last:
+        axes.set_xlabel("pixels from the centre")
+
+
+def photographs(pictures: Sequence[Tensor], deconvolution: PixelDeconvolution) -> bytes:
+    """Photographs before and after deconvolution (the paper's Fig. 4); pictures ``(3, H, W)`` in [0, 1]."""
+    margin = deconvolution.kernels.shape[-1] // 2
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(2, len(pictures), squeeze=False)
+        for column, picture in enumerate(pictures):
+            before = picture[:, margin:-margin, margin:-margin]
+            after = deconvolution(picture)
+            shown = (0.5 + (after - after.mean()) / (6 * after.std())).clamp(0, 1)
+            _picture(panels[0, column], before.permute(1, 2, 0), "before" if column == 0 else "")
+            _picture(panels[1, column], shown.permute(1, 2, 0), "after deconvolution" if column == 0 else "")
+
+    return _png((4.2 * len(pictures), 7), "Photographs before and after deconvolution (15x15 patches of R, G, B)", draw)
+
+
+def densities(before: Density, after: Density) -> bytes:
+    """Histogram and log density of the values before and after (the paper's Fig. 10)."""
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for curve, name, colour in ((before, "before", BEFORE), (after, "after", AFTER)):
+            label = f"{name}: excess kurtosis {curve.kurtosis:.1f}".replace("-", "\N{MINUS SIGN}")
+            left.fill_between(curve.centres, curve.height, step="mid", color=colour, alpha=0.35)
+            left.step(curve.centres, curve.height, where="mid", color=colour, linewidth=1.6, label=label)
+            seen = curve.height.where(curve.height > 0, torch.nan)
+            right.semilogy(curve.centres, seen, color=colour, linewidth=2, label=name)
+        normal = torch.exp(-(before.centres**2) / 2) / (2 * torch.pi) ** 0.5
+        right.semilogy(before.centres, normal, ":", color=INK, linewidth=1.3, label="normal distribution")
+        top = 1.25 * float(max(before.height.max(), after.height.max()))
+        left.set(title="Histogram: most values become nearly zero", xlim=(-4, 4), ylim=(0, top), ylabel="density")
+        right.set(title="Log density: and a few large", xlim=(-10, 10), ylim=(1e-6, 3), ylabel="density (log scale)")
+        for axes in (left, right):
+            axes.set_xlabel("value (colour channel of a pixel), in standard deviations")
+            axes.legend(loc="upper right")
+
+    return _png((11, 4.6), "Values of the photographs' pixels before and after deconvolution", draw)

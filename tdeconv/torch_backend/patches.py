@@ -1,0 +1,80 @@
+"""Patches of a channels-last view ``pixels (N, *spatial, C)``: gathered tap by tap, a few images at a time.
+
+A part is a few images; where the kernel is pointwise, a few of the sampled pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from tdeconv.geometry import Geometry
+from tdeconv.precision import statistics_dtype
+from tdeconv.torch_backend.chunks import chunk_rows
+
+Slices = tuple[slice, ...]
+
+
+def _reach(size: int, positions: int, offset: int, stride: int) -> tuple[slice, slice]:
+    """The positions p with ``0 <= p*stride + offset < size``, and the pixels they read, along one axis."""
+    first = max(0, -(offset // stride))
+    last = min(positions - 1, (size - 1 - offset) // stride)
+    if last < first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)
+
+
+def taps(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, Slices, Slices]]:
+    """Each tap's number, the sampled positions at which it falls inside the input, and the pixels it reads there.
+
+    A tap that meets only padding is left out.
+    """
+    spatial = tuple(pixels.shape[1:-1])
+    axes = zip(
+        spatial, geo.positions(spatial), geo.sample_stride, geo.kernel_size, geo.dilation, geo.padding, strict=True
+    )
+    reaches = [[_reach(n, m, i * d - p, s) for i in range(k)] for n, m, s, k, d, p in axes]
+    for number, per_axis in enumerate(itertools.product(*reaches)):
+        if all(at.stop > at.start for at, _ in per_axis):
+            yield number, (slice(None), *(at for at, _ in per_axis)), (slice(None), *(reads for _, reads in per_axis))
+
+
+def count(pixels: Tensor, geo: Geometry) -> int:
+    """The number M of sampled patches."""
+    if geo.pointwise:
+        return -(-math.prod(pixels.shape[:-1]) // math.prod(geo.sample_stride))
+    return pixels.shape[0] * math.prod(geo.positions(tuple(pixels.shape[1:-1])))
+
+
+def parts(pixels: Tensor, geo: Geometry) -> tuple[Tensor, ...]:
+    """Views of contiguous ``pixels`` whose patches fit the cache."""
+    if geo.pointwise:
+        pixels = pixels.view(-1, geo.channels)[:: math.prod(geo.sample_stride)]
+        return pixels.split(chunk_rows(geo.channels))
+    width = math.prod(geo.positions(tuple(pixels.shape[1:-1]))) * geo.taps * geo.channels
+    return pixels.split(chunk_rows(width))
+
+
+def gather(part: Tensor, geo: Geometry) -> Tensor:
+    """A part's patches ``(M, taps, C)`` in the statistics' dtype."""
+    dtype = statistics_dtype(part.dtype)
+    if geo.pointwise:
+        return part.to(dtype).unsqueeze(1)
+    positions = geo.positions(tuple(part.shape[1:-1]))
+    rows = part.new_zeros((part.shape[0], *positions, geo.taps, geo.channels), dtype=dtype)
+    for tap, at, reads in taps(part, geo):
+        rows[..., tap, :][at] = part[reads]
+    return rows.view(-1, geo.taps, geo.channels)
+
+
+def scatter_add_(part: Tensor, rows: Tensor, geo: Geometry) -> None:
+    """Adjoint of :func:`gather`. One tap's pixels never overlap, so the sum is the same every time."""
+    if geo.pointwise:
+        part += rows.squeeze(1)
+        return
+    rows = rows.view(part.shape[0], *geo.positions(tuple(part.shape[1:-1])), geo.taps, geo.channels)
+    for tap, at, reads in taps(part, geo):
+        part[reads] += rows[..., tap, :][at]

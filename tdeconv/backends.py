@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ import torch
 from tdeconv import checks
 
 _REQUESTS = ("auto", *checks.BACKENDS)
-_context: ContextVar[str | None] = ContextVar("tdeconv_backend", default=None)
+# A plain global, not a ContextVar: torch.compile reads and guards the one and cannot trace the other.
+_context: str | None = None
 
 
 class Choice(NamedTuple):
@@ -29,7 +29,7 @@ class BackendUnavailable(RuntimeError):
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the block, layers and functions whose own ``backend`` is None use this one.
+    """Within the block, layers and functions whose own ``backend`` is None use this one, in every thread.
 
     Args:
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -37,20 +37,20 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: another name.
     """
-    token = _context.set(checks.one_of("backend", backend, _REQUESTS))
+    global _context
+    before, _context = _context, checks.one_of("backend", backend, _REQUESTS)
     try:
         yield
     finally:
-        _context.reset(token)
+        _context = before
 
 
 def _requested(backend: str | None) -> tuple[str, str]:
     """The name asked for and who asked: the argument, the context, the environment, or nobody."""
     if backend is not None:
         return checks.one_of("backend", backend, _REQUESTS), "the backend argument"
-    context = _context.get()
-    if context is not None:
-        return context, "tdeconv.use_backend"
+    if _context is not None:
+        return _context, "tdeconv.use_backend"
     env = os.environ.get("TDECONV_BACKEND")
     if env:
         return checks.one_of("environment variable TDECONV_BACKEND", env, _REQUESTS), "TDECONV_BACKEND"

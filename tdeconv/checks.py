@@ -146,7 +146,7 @@ def running(mean: Tensor | None, deconv: Tensor | None, geo: Geometry, training:
         raise ValueError("running_mean and running_deconv go together: give both or neither")
     if mean is None or deconv is None:
         if not training:
-            raise ValueError("training=False needs running_mean and running_deconv, got None")
+            raise ValueError("training=False and frozen need running_mean and running_deconv, got None")
         return
     d = geo.features
     shape("running_mean", mean, (geo.groups * d,))

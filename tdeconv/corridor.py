@@ -14,10 +14,14 @@ from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
+from tdeconv.precision import statistics_dtype
 
 
 class Stages(Protocol):
     """The contract of a fast backend. ``b`` covariances of ``D`` features, as in :mod:`tdeconv.reference`."""
+
+    def describe(self, x: Tensor, weight: Tensor, geo: Geometry, n_iter: int) -> dict[str, str]:
+        """How each stage would be done, a line each."""
 
     def native(self, x: Tensor, weight: Tensor) -> Tensor:
         """The input, or its gradient, in the memory layout the backend computes in."""
@@ -71,30 +75,64 @@ class Saved(NamedTuple):
     spectrum: Tensor
 
 
+class Frozen(NamedTuple):
+    """Statistics to use instead of the batch's wherever ``flag`` (a 0-d bool tensor) is true."""
+
+    flag: Tensor
+    mean: Tensor
+    deconv: Tensor
+
+
 def forward(
-    stages: Stages, x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, eps: float, n_iter: int
+    stages: Stages,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    frozen: Frozen | None,
+    geo: Geometry,
+    eps: float,
+    n_iter: int,
 ) -> tuple[Tensor, Saved]:
     """The layer in training: the output, and the rest of the forward."""
     x = stages.native(x, weight)
-    mean, cov = stages.patch_moments(x, geo)
-    cov.diagonal(dim1=-2, dim2=-1).add_(eps)
-    deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
+    if frozen is not None and frozen.flag:
+        mean, deconv = _batched(frozen, statistics_dtype(x.dtype), geo)
+        basis, spectrum = stages.inverse_sqrt_saved(deconv, n_iter)
+    else:
+        mean, cov = stages.patch_moments(x, geo)
+        cov.diagonal(dim1=-2, dim2=-1).add_(eps)
+        deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
     folded, shift = stages.fold(weight, bias, mean, deconv, geo)
     folded, shift = folded.to(x.dtype), shift.to(x.dtype)
     return stages.convolve(x, folded, shift, geo), Saved(mean, deconv, folded, basis, spectrum)
 
 
+def _batched(frozen: Frozen, dtype: torch.dtype, geo: Geometry) -> tuple[Tensor, Tensor]:
+    d = geo.features
+    mean, deconv = frozen.mean.to(dtype, copy=True), frozen.deconv.to(dtype, copy=True)
+    return mean.view(geo.groups, d), deconv.view(geo.groups, d, d)
+
+
 def backward(
-    stages: Stages, grad: Tensor, x: Tensor, weight: Tensor, saved: Saved, geo: Geometry, n_iter: int, need_x: bool
+    stages: Stages,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Saved,
+    frozen: Tensor | None,
+    geo: Geometry,
+    n_iter: int,
+    need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of the input (None unless needed), the weight and the bias."""
+    """Gradients of the input (None unless needed), the weight and the bias; ``frozen`` as the forward's flag was."""
     x = stages.native(x, weight)
     grad = grad.contiguous(memory_format=memory_format(x))
     grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, saved.folded, geo, need_x)
     stat = saved.mean.dtype
     grad_folded, grad_bias = grad_folded.to(stat), grad_bias.to(stat)
+    through_statistics = need_x and not (frozen is not None and frozen)
     grad_weight, grad_mean, grad_deconv = stages.fold_backward(
-        grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo, need_statistics=need_x
+        grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo, through_statistics
     )
     if grad_x is not None and grad_mean is not None and grad_deconv is not None:
         grad_cov = stages.inverse_sqrt_backward(grad_deconv, saved.basis, saved.spectrum, n_iter)

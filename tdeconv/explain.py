@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
+from tdeconv import ops
 from tdeconv.backends import choose
+from tdeconv.channel_deconv import ChannelDeconv
+from tdeconv.functional import linear_geometry
+from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
 
 def explain(layer: nn.Module, x: Tensor) -> str:
-    """Say which backend a layer would run ``x`` on, how each stage would be done, and why.
+    """Say which backend a layer would run ``x`` on in training, how each stage would be done, and why.
 
     Args:
         layer: a deconvolution layer.
-        x: an input it accepts (its values are not read).
+        x: an input it accepts, with a batch axis (its values are not read).
+
+    Returns:
+        Text: the backend and the reason for it, then a line for each stage.
 
     Raises:
         TypeError: the layer is none of tdeconv's.
         BackendUnavailable: its backend was asked for by name and cannot run.
     """
-    if not hasattr(layer, "running_deconv"):
-        raise TypeError(f"layer must be a deconvolution layer, got {type(layer).__name__}")
-    choice = choose(cast("str | None", layer.backend), x.device)
-    return f"{type(layer).__name__}: backend {choice.backend!r}, {choice.reason}"
+    if not isinstance(layer, (FastDeconv, FastDeconv1d, FastDeconv3d, Delinear, ChannelDeconv)):
+        raise TypeError(f"layer must be one of tdeconv's deconvolution layers, got {type(layer).__name__}")
+    choice = choose(layer.backend, x.device)
+    lines = [f"{type(layer).__name__}: backend {choice.backend!r} ({choice.reason})"]
+    if choice.backend != "reference" and not isinstance(layer, ChannelDeconv):
+        if isinstance(layer, Delinear):
+            x = x.reshape(-1, x.shape[-1])
+            geo = linear_geometry(x.shape[-1], layer.block)
+        else:
+            x, geo = layer.geometry(x)
+        stages = ops.stages(choice.backend).describe(x, layer.weight, geo, layer.n_iter)
+        lines += [f"  {stage}: {how}" for stage, how in stages.items()]
+    return "\n".join(lines)

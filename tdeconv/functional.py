@@ -61,7 +61,7 @@ def patch_moments(
     checks.positive_int("groups", groups)
     checks.divides("groups", groups, "the input's channels", x.shape[1])
     block = x.shape[1] if block is None else checks.positive_int("block", block)
-    geo = _geometry(x, kernel_size, stride, padding, dilation, groups, block, grouping, 1)
+    geo = convolution_geometry(x, kernel_size, stride, padding, dilation, groups, block, grouping, 1)
     with torch.autocast(x.device.type, enabled=False):
         name = choose(backend, x.device).backend
         mean, cov = reference.patch_moments(x, geo) if name == "reference" else ops.patch_moments(x, geo.pack(), name)
@@ -175,6 +175,7 @@ def fast_deconv(
     block: int = 64,
     sampling_stride: int = 3,
     grouping: str = "interleaved",
+    frozen: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A deconvolution layer: whiten every patch, then convolve; 1-D, 2-D or 3-D by the weight's shape.
@@ -194,6 +195,8 @@ def fast_deconv(
         block: channels whitened together, cut down to a divisor of C.
         sampling_stride: patches are sampled at every ``sampling_stride * stride``-th position.
         grouping: ``"interleaved"`` or ``"contiguous"``.
+        frozen: a 0-d bool tensor; where true, a training step uses the running statistics and leaves them as they are
+            (a tensor, so that a compiled graph holds both).
         backend: see :func:`tdeconv.use_backend`.
 
     Returns:
@@ -215,8 +218,8 @@ def fast_deconv(
     batch = x if x.ndim == rank + 2 else x.unsqueeze(0)
     checks.weight_of(weight, batch, bias, groups)
     checks.options(eps, n_iter, momentum, block, sampling_stride)
-    geo = _geometry(batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride)
-    y = _layer(batch, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend)
+    geo = convolution_geometry(batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride)
+    y = _layer(batch, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend, frozen)
     return y if batch is x else y.squeeze(0)
 
 
@@ -259,12 +262,17 @@ def delinear(
     checks.options(eps, n_iter, momentum, block)
     rows = x.reshape(-1, x.shape[-1])
     checks.weight_of(weight, rows, bias, 1)
-    geo = Geometry(x.shape[-1], (), (), (), (), 1, resolve_block(block, x.shape[-1]), "contiguous")
+    geo = linear_geometry(x.shape[-1], block)
     y = _layer(rows, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _geometry(
+def linear_geometry(features: int, block: int) -> Geometry:
+    """A fully connected layer's sizes."""
+    return Geometry(features, (), (), (), (), 1, resolve_block(block, features), "contiguous")
+
+
+def convolution_geometry(
     x: Tensor,
     kernel_size: Any,
     stride: Any,
@@ -303,25 +311,34 @@ def _layer(
     n_iter: int,
     momentum: float,
     backend: str | None,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """Any layer, arguments checked: statistics of the batch in training, else the running ones."""
     checks.same_home(x, weight=weight, bias=bias, running_mean=running_mean, running_deconv=running_deconv)
-    checks.running(running_mean, running_deconv, geo, training)
+    checks.running(running_mean, running_deconv, geo, training and frozen is None)
     device, autocast = x.device.type, compute_dtype(x)
     if autocast is None:
         checks.same_dtype(x, weight=weight, bias=bias)
-    name = choose(backend, x.device).backend
+    name, dtype = choose(backend, x.device).backend, autocast or x.dtype
     with torch.autocast(device, enabled=False):
-        x = x if autocast is None else x.to(autocast)
+        x = x.to(_convolution_dtype(dtype, device))
         if not training or x.shape[0] == 0:
-            return _with_running(x, weight, bias, running_mean, running_deconv, geo)
+            return _with_running(x, weight, bias, running_mean, running_deconv, geo).to(dtype)
         if name == "reference":
-            y, mean, deconv = reference.deconvolve(x, weight, bias, geo, eps, n_iter)
+            still = None if frozen is None else (frozen, running_mean.clone(), running_deconv.clone())
+            y, mean, deconv = reference.deconvolve(x, weight, bias, geo, eps, n_iter, still)
         else:
-            y, mean, deconv = ops.deconvolve(x, weight, bias, geo.pack(), eps, n_iter, name)[:3]
+            old = (None, None) if frozen is None else (running_mean, running_deconv)
+            y, mean, deconv = ops.deconvolve(x, weight, bias, *old, frozen, geo.pack(), eps, n_iter, name)[:3]
         if running_mean is not None and running_deconv is not None:
             running.update_((running_mean, running_deconv), (mean, deconv), momentum)
-    return y
+    return y.to(dtype)
+
+
+def _convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """A folded bias, and the sums in a folded weight's gradient, leave float16's range for an input of 1e4 or so that
+    the layer as a whole brings back to 1: on a CPU, where float16 is no faster, its convolution runs in float32."""
+    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
 
 def _fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:

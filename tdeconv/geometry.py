@@ -60,6 +60,11 @@ class Geometry:
         return tuple(self.sampling_stride * s for s in self.stride)
 
     @property
+    def flat_stride(self) -> int:
+        """A pointwise kernel's samples are every this-many-th pixel in N, H, W order."""
+        return math.prod(self.sample_stride)
+
+    @property
     def pointwise(self) -> bool:
         """A 1x1 kernel or a linear layer: its patches are pixels, sampled by one flat stride."""
         return self.taps == 1

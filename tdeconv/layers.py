@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tdeconv import checks
 from tdeconv import functional as TF
-from tdeconv.geometry import resolve_block
+from tdeconv.geometry import Geometry, resolve_block
 
 
 def _reset_running(mean: Tensor, deconv: Tensor) -> None:
@@ -107,15 +107,15 @@ class _FastDeconvNd(_ConvNd):
         if "running_deconv" in self._buffers:  # not yet, when torch's constructor calls this
             self.reset_running_stats()
 
-    def _computes_statistics(self) -> bool:
-        """Count a training step of a freezing layer; whether it is one of those that compute statistics."""
+    def _frozen(self) -> Tensor | None:
+        """Count a training step of a freezing layer: whether it uses the running statistics. On the device, unread."""
         if not self.freeze:
-            return True
+            return None
         steps = self.num_batches_tracked
-        computes = bool(steps % (10 * self.freeze_iter) < self.freeze_iter)
+        frozen = steps % (10 * self.freeze_iter) >= self.freeze_iter
         if self.track_running_stats:
             steps.add_(1)
-        return computes
+        return frozen
 
     def forward(self, x: Tensor) -> Tensor:
         checks.float_tensor("input", x)
@@ -126,15 +126,18 @@ class _FastDeconvNd(_ConvNd):
             )
         checks.channels(x, self.in_channels, axis=-1 - self._rank)
         x, padding = self._pad(x)
-        training = self.training and (x.numel() == 0 or self._computes_statistics())
-        track = self.track_running_stats or not training
+        frozen = self._frozen() if self.training and x.shape[0] > 0 else None
+        mean, deconv = self.running_mean, self.running_deconv
+        if self.training and not self.track_running_stats:  # a freezing layer reads them still
+            mean, deconv = (None, None) if frozen is None else (mean.clone(), deconv.clone())
         return TF.fast_deconv(
             x,
             self.weight,
             self.bias,
-            self.running_mean if track else None,
-            self.running_deconv if track else None,
-            training=training,
+            mean,
+            deconv,
+            training=self.training,
+            frozen=frozen,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -146,6 +149,21 @@ class _FastDeconvNd(_ConvNd):
             sampling_stride=self.sampling_stride,
             grouping=self.grouping,
             backend=self.backend,
+        )
+
+    def geometry(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """The input as it is convolved (padded, unless zeros do it) and the layer's sizes over it."""
+        x, padding = self._pad(x)
+        return x, TF.convolution_geometry(
+            x,
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.block,
+            self.grouping,
+            self.sampling_stride,
         )
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -49,14 +49,26 @@ def _empty(like: Tensor, shape: tuple[int, ...], *layout_of: Tensor, dtype: torc
 @torch.library.custom_op("tdeconv::deconvolve", mutates_args=())
 @_no_autocast
 def deconvolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], eps: float, n_iter: int, backend: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_deconv: Tensor | None,
+    frozen: Tensor | None,
+    geometry: list[int],
+    eps: float,
+    n_iter: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, saved = corridor.forward(stages(backend), x, weight, bias, Geometry.unpack(geometry), eps, n_iter)
+    still = None
+    if frozen is not None and running_mean is not None and running_deconv is not None:
+        still = corridor.Frozen(frozen, running_mean, running_deconv)
+    y, saved = corridor.forward(stages(backend), x, weight, bias, still, Geometry.unpack(geometry), eps, n_iter)
     return y.contiguous(memory_format=memory_format(x, weight)), *saved
 
 
 @deconvolve.register_fake
-def _(x, weight, bias, geometry, eps, n_iter, backend):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, running_mean, running_deconv, frozen, geometry, eps, n_iter, backend):  # type: ignore[no-untyped-def]
     geo = Geometry.unpack(geometry)
     axes = zip(x.shape[2:], geo.padding, geo.window, geo.stride, strict=True)
     y = _empty(x, (x.shape[0], weight.shape[0], *((n + 2 * p - w) // s + 1 for n, p, w, s in axes)), x, weight)
@@ -77,6 +89,7 @@ def deconvolve_backward(
     folded: Tensor,
     basis: Tensor,
     spectrum: Tensor,
+    frozen: Tensor | None,
     geometry: list[int],
     n_iter: int,
     backend: str,
@@ -84,20 +97,20 @@ def deconvolve_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = corridor.Saved(mean, deconv, folded, basis, spectrum)
     geo = Geometry.unpack(geometry)
-    dx, dw, db = corridor.backward(stages(backend), grad, x, weight, saved, geo, n_iter, need_x)
+    dx, dw, db = corridor.backward(stages(backend), grad, x, weight, saved, frozen, geo, n_iter, need_x)
     dx = x.new_empty(0) if dx is None else dx.contiguous(memory_format=memory_format(x))
     return dx, dw.contiguous(memory_format=memory_format(weight)), db
 
 
 @deconvolve_backward.register_fake
-def _(grad, x, weight, mean, deconv, folded, basis, spectrum, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]
+def _(grad, x, weight, mean, deconv, folded, basis, spectrum, frozen, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]
     dx = _empty(x, x.shape, x) if need_x else x.new_empty(0)
     return dx, _empty(weight, weight.shape, weight), weight.new_empty(weight.shape[0])
 
 
 def _deconvolve_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, ctx.geometry, _, ctx.n_iter, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, *output[1:])
+    x, weight, bias, _, _, frozen, ctx.geometry, _, ctx.n_iter, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, *output[1:], frozen)
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(*output[1:])
 
@@ -105,7 +118,7 @@ def _deconvolve_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def _deconvolve_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     need_x = ctx.needs_input_grad[0]
     dx, dw, db = deconvolve_backward(grad, *ctx.saved_tensors, ctx.geometry, ctx.n_iter, ctx.backend, need_x)
-    return dx if need_x else None, dw, db if ctx.has_bias else None, None, None, None, None
+    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 7
 
 
 deconvolve.register_autograd(_deconvolve_backward, setup_context=_deconvolve_setup)

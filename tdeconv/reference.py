@@ -13,6 +13,8 @@ features each: mean ``(b, D)``, covariance and its inverse root ``(b, D, D)``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,10 +82,32 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> Tensor:
     return z / norm.sqrt()
 
 
+class _ConvergedInverseSqrt(torch.autograd.Function):
+    """eigh's own derivative divides by differences of eigenvalues, and is NaN where they repeat. The root's needs no
+    more than sums: with ``r`` the roots of the eigenvalues, its divided differences are ``-1 / (r_i r_j (r_i + r_j))``.
+    """
+
+    @staticmethod
+    def forward(cov: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(cov)
+        return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(ctx.saved_tensors[0])
+        roots = values.sqrt()
+        ri, rj = roots.unsqueeze(-1), roots.unsqueeze(-2)
+        inner = vectors.mT @ (grad + grad.mT) @ vectors / (-2 * ri * rj * (ri + rj))
+        return vectors @ inner @ vectors.mT
+
+
 def converged_inverse_sqrt(cov: Tensor) -> Tensor:
     """The inverse square root itself, by eigendecomposition."""
-    values, vectors = torch.linalg.eigh(cov)
-    return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+    return _ConvergedInverseSqrt.apply(cov)  # type: ignore[no-untyped-call]
 
 
 def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
@@ -106,10 +130,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
 
 
 def deconvolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, eps: float, n_iter: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geo: Geometry,
+    eps: float,
+    n_iter: int,
+    frozen: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer in training: ``(y, mean (b, D), deconv (b, D, D))``."""
+    """The layer in training: ``(y, mean (b, D), deconv (b, D, D))``.
+
+    ``frozen`` is a 0-d bool tensor, a mean and a root: where it is true, those are the statistics.
+    """
     mean, cov = patch_moments(x, geo)
     eye = torch.eye(geo.features, dtype=cov.dtype, device=cov.device)
     deconv = inverse_sqrt(cov + eps * eye, n_iter)
+    if frozen is not None:
+        flag, old_mean, old_deconv = frozen
+        mean = torch.where(flag, old_mean.to(mean.dtype).reshape(mean.shape), mean)
+        deconv = torch.where(flag, old_deconv.to(deconv.dtype).reshape(deconv.shape), deconv)
     return convolve(x, *fold(weight, bias, mean, deconv, geo), geo), mean, deconv

@@ -4,6 +4,7 @@ Runs on any device; the choices in it were measured on CPUs (bench/results).
 """
 
 from tdeconv.torch_backend.convolve import convolve, convolve_backward, native
+from tdeconv.torch_backend.describe import describe
 from tdeconv.torch_backend.fold import fold, fold_backward
 from tdeconv.torch_backend.inverse_sqrt import inverse_sqrt, inverse_sqrt_backward, inverse_sqrt_saved
 from tdeconv.torch_backend.patch_moments import patch_moments, patch_moments_backward_
@@ -11,6 +12,7 @@ from tdeconv.torch_backend.patch_moments import patch_moments, patch_moments_bac
 __all__ = [
     "convolve",
     "convolve_backward",
+    "describe",
     "fold",
     "fold_backward",
     "inverse_sqrt",

@@ -21,7 +21,8 @@ _WIDE = 128
 _FEW_PIXELS = 4
 
 
-def _wide(x: Tensor, weight: Tensor) -> bool:
+def wide(x: Tensor, weight: Tensor) -> bool:
+    """Whether both sides have channels enough for products of single taps."""
     ungrouped = x.shape[1] == weight.shape[1]
     kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     return kind and ungrouped and x.ndim > 2 and min(weight.shape[:2]) >= _WIDE
@@ -29,7 +30,7 @@ def _wide(x: Tensor, weight: Tensor) -> bool:
 
 def native(x: Tensor, weight: Tensor) -> Tensor:
     """The input in the memory layout this backend computes in: channels last, where a CPU's convolutions gain by it."""
-    if x.ndim == 4 and x.dtype == torch.float32 and _wide(x, weight):
+    if x.ndim == 4 and x.dtype == torch.float32 and wide(x, weight):
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
@@ -47,13 +48,14 @@ def _tap_weights(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1, -2)
 
 
-def _few_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
+def by_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
+    """Whether the map is so small that the convolution is best done pixel by pixel."""
     spatial = tuple(x.shape[2:])
-    return _wide(x, weight) and max(math.prod(spatial), math.prod(geo.every().positions(spatial))) <= _FEW_PIXELS
+    return wide(x, weight) and max(math.prod(spatial), math.prod(geo.every().positions(spatial))) <= _FEW_PIXELS
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
-    if not _few_pixels(x, weight, geo):
+    if not by_pixels(x, weight, geo):
         return reference.convolve(x, weight.contiguous(memory_format=memory_format(x)), bias, geo)
     every, pixels, by_tap = geo.every(), x.movedim(1, -1), _tap_weights(weight)
     y = bias.expand(x.shape[0], *every.positions(tuple(x.shape[2:])), -1).contiguous()
@@ -84,7 +86,7 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     if not geo.kernel_size:
         return grad @ weight if need_x else None, grad.t() @ x, grad.sum(0)
-    wide, few = _wide(x, weight), _few_pixels(x, weight, geo)
+    products, pixelwise = wide(x, weight), by_pixels(x, weight, geo)
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
         x,
@@ -96,11 +98,11 @@ def convolve_backward(
         False,
         [0] * len(geo.stride),
         geo.groups,
-        [need_x and not few, not wide, not wide],
+        [need_x and not pixelwise, not products, not products],
     )
-    if wide:
+    if products:
         grad_weight = _weight_gradient(grad, x, weight, geo)
         grad_bias = grad.sum((0, *range(2, grad.ndim)))
-    if few and need_x:
+    if pixelwise and need_x:
         grad_x = _input_gradient(grad, x, weight, geo)
     return grad_x if need_x else None, grad_weight, grad_bias

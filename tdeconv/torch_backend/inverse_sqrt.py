@@ -12,19 +12,23 @@ from torch import Tensor
 
 from tdeconv.torch_backend import newton_schulz, symmetric
 
-# Below this size a batch of products beats LAPACK's one-by-one decompositions.
-_EIGH_FROM = 24
-# More steps than this amplify float32's rounding of small eigenvalues: decompose in float64.
-_SINGLE_STEPS = 7
+# Fewer steps than this, or a smaller matrix, take products for less than a decomposition costs; so does a batch, which
+# LAPACK decomposes one by one.
+_EIGH_STEPS = 3
+_EIGH_FEATURES = 16
+# More steps than this amplify float32's rounding of small eigenvalues (decompose in float64) and make products dear.
+_FEW_STEPS = 7
 
 
-def uses_eigh(cov: Tensor) -> bool:
-    """Whether the root comes from an eigendecomposition: on a CPU, except for tiny matrices."""
-    return cov.device.type == "cpu" and cov.shape[-1] >= _EIGH_FROM
+def uses_eigh(device: torch.device, batch: int, features: int, n_iter: int) -> bool:
+    """Whether the root comes from an eigendecomposition: on a CPU, where that was measured faster than products."""
+    one = batch == 1 and features >= _EIGH_FEATURES and n_iter >= _EIGH_STEPS
+    return device.type == "cpu" and (one or n_iter > _FEW_STEPS)
 
 
-def _dtype(cov: Tensor, n_iter: int) -> torch.dtype:
-    return torch.float64 if cov.device.type == "cpu" and n_iter > _SINGLE_STEPS else cov.dtype
+def decomposition_dtype(device: torch.device, dtype: torch.dtype, n_iter: int) -> torch.dtype:
+    """What the root of a covariance of ``dtype`` is computed in."""
+    return torch.float64 if device.type == "cpu" and n_iter > _FEW_STEPS else dtype
 
 
 def _scalars(values: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +58,7 @@ def _divided_differences(a: Tensor, n_iter: int) -> Tensor:
 
 
 def inverse_sqrt_saved(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
-    dtype = _dtype(cov, n_iter)
+    dtype = decomposition_dtype(cov.device, cov.dtype, n_iter)
     return cov.new_empty(cov.shape, dtype=dtype), cov.new_empty(cov.shape[:-1], dtype=dtype)
 
 
@@ -70,8 +74,8 @@ def _eigh(cov: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
     """The root; then eigenvectors (as rows) and eigenvalues, or the covariance and NaN where it came from products."""
-    work = cov.to(_dtype(cov, n_iter))
-    eigen = _eigh(work) if uses_eigh(work) else None
+    work = cov.to(decomposition_dtype(cov.device, cov.dtype, n_iter))
+    eigen = _eigh(work) if uses_eigh(work.device, *work.shape[:2], n_iter) else None
     if eigen is None:
         root = newton_schulz.inverse_sqrt(work, n_iter)
         basis = work.clone() if work is cov else work
@@ -85,7 +89,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int) -> Tensor:
     dtype, grad = grad.dtype, grad.to(basis.dtype)
-    if not uses_eigh(basis) or spectrum.isnan().any():
+    if not uses_eigh(basis.device, *basis.shape[:2], n_iter) or spectrum.isnan().any():
         return newton_schulz.inverse_sqrt_backward(grad, basis, n_iter).to(dtype)
     z, norm = _scalars(spectrum, n_iter)
     inner = symmetric.product(basis, (grad + grad.mT).div_(2) @ basis.mT)

@@ -45,14 +45,14 @@ def taps(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, Slices, Slices]]:
 def count(pixels: Tensor, geo: Geometry) -> int:
     """The number M of sampled patches."""
     if geo.pointwise:
-        return -(-math.prod(pixels.shape[:-1]) // math.prod(geo.sample_stride))
+        return -(-math.prod(pixels.shape[:-1]) // geo.flat_stride)
     return pixels.shape[0] * math.prod(geo.positions(tuple(pixels.shape[1:-1])))
 
 
 def parts(pixels: Tensor, geo: Geometry) -> tuple[Tensor, ...]:
     """Views of contiguous ``pixels`` whose patches fit the cache."""
     if geo.pointwise:
-        pixels = pixels.view(-1, geo.channels)[:: math.prod(geo.sample_stride)]
+        pixels = pixels.view(-1, geo.channels)[:: geo.flat_stride]
         return pixels.split(chunk_rows(geo.channels))
     width = math.prod(geo.positions(tuple(pixels.shape[1:-1]))) * geo.taps * geo.channels
     return pixels.split(chunk_rows(width))

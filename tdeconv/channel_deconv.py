@@ -5,12 +5,13 @@ Source: Ye et al., *Network Deconvolution*, ICLR 2020, and its published code.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdeconv import checks, running
+from tdeconv import checks, distributed, running
 from tdeconv.functional import inverse_sqrt
 from tdeconv.precision import statistics_dtype
 
@@ -43,6 +44,9 @@ class ChannelDeconv(nn.Module):
         TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
     """
 
+    process_group: distributed.StatisticsGroup | None = (
+        None  # whose ranks' statistics these are: see convert_sync_deconv
+    )
     running_mean1: Tensor
     running_deconv: Tensor
     running_mean2: Tensor
@@ -91,24 +95,45 @@ class ChannelDeconv(nn.Module):
         s = self.sampling_stride
         return s * s if min(x.shape[2:]) >= s else 1
 
-    def _statistics(self, x: Tensor, c: int) -> tuple[Tensor, ...]:
-        """The batch's: mean and root of the blocks, scalar mean and variance of the rest (the running ones if none)."""
+    def _moments(
+        self, x: Tensor, c: int, group: distributed.StatisticsGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The batch's, or all ranks': mean ``(block)`` and second moment of the blocks, scalar mean and variance of the
+        rest, and the two numbers of samples ``(2)``; zero where there are none.
+        """
         step, work = self._step(x), statistics_dtype(x.dtype)
-        rows = x[:, :c].transpose(0, 1).reshape(self.block, -1)[:, ::step].to(work)
-        mean = rows.mean(1, keepdim=True)
-        moment = rows @ rows.t() / rows.shape[1]  # about zero, not about the mean: the method's definition
-        eye = torch.eye(self.block, dtype=work, device=x.device)
-        root = inverse_sqrt(moment + self.eps * eye, self.n_iter, backend=self.backend)
-        if c == x.shape[1]:
-            return mean, root, self.running_mean2.to(work).clone(), self.running_var.to(work).clone()
+        columns = x.shape[0] * (c // self.block) * math.prod(x.shape[2:])
+        rows = x[:, :c].transpose(0, 1).reshape(self.block, columns)[:, ::step].to(work)
         rest = x[:, c:].flatten(1)[:, ::step].to(work)
-        var = rest.var() if rest.numel() > 1 else rest.var(correction=0)
-        return mean, root, rest.mean(), var
+        counts = [rows.shape[1], rest.numel()]
+        mean, rest_mean = rows.sum(1) / max(counts[0], 1), rest.sum() / max(counts[1], 1)
+        scatter = (rest - rest_mean).square().sum()
+        row = torch.cat([*(mean.new_full((1,), k) for k in counts), mean, rest_mean.view(1)])
+        # the blocks' is about zero, not about the mean: the method's definition
+        summand = torch.cat([(rows @ rows.t()).flatten(), scatter.view(1)])
+        ranks, total = distributed.gather_and_sum(row, summand, group)
+        of_rank = ranks[:, :2].detach()
+        samples = of_rank.sum(0)
+        share = of_rank / samples.clamp(min=1)
+        mean, rest_mean = share[:, 0] @ ranks[:, 2:-1], share[:, 1] @ ranks[:, -1]
+        moment = total[:-1].view(self.block, self.block) / samples[0].clamp(min=1)
+        scatter = total[-1] + of_rank[:, 1] @ (ranks[:, -1] - rest_mean).square()
+        return mean, moment, rest_mean, scatter / (samples[1] - 1).clamp(min=1), samples
+
+    def _statistics(self, x: Tensor, c: int, group: distributed.StatisticsGroup | None) -> tuple[list[Tensor], Tensor]:
+        """What the buffers average: the running values where there are no samples. And whether there are any (0-d)."""
+        mean, moment, rest_mean, var, samples = self._moments(x, c, group)
+        eye = torch.eye(self.block, dtype=moment.dtype, device=x.device)
+        root = inverse_sqrt(moment + self.eps * eye, self.n_iter, backend=self.backend)
+        seen = (samples > 0).repeat_interleave(2)
+        new = (mean.view(-1, 1), root, rest_mean.view(1, 1), var.view(1, 1))
+        kept = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
+        return [torch.where(s, n, k.to(n.dtype)) for s, n, k in zip(seen, new, kept, strict=True)], seen[0]
 
     def _apply_statistics(self, x: Tensor, c: int, mean1: Tensor, root: Tensor, mean2: Tensor, var: Tensor) -> Tensor:
         work = root.dtype
         # channel f*G + g is feature f of group g: with the pixels behind them, one (block, G*H*W) matrix per image
-        blocks = x[:, :c].reshape(x.shape[0], self.block, -1).to(work)
+        blocks = x[:, :c].reshape(x.shape[0], self.block, c // self.block * math.prod(x.shape[2:])).to(work)
         y = (root @ (blocks - mean1)).reshape(x.shape[0], c, *x.shape[2:])
         if c < x.shape[1]:
             rest = (x[:, c:].to(work) - mean2) / (var + self.eps).sqrt()
@@ -128,15 +153,16 @@ class ChannelDeconv(nn.Module):
         image = x if x.ndim == 4 else x[:, :, None, None]
         c = x.shape[1] // self.block * self.block
         buffers = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
+        group = distributed.active(self.process_group) if self.training else None
         with torch.autocast(x.device.type, enabled=False):
-            if self.training and x.numel() > 0:
-                statistics = self._statistics(image, c)
+            if self.training and (x.numel() > 0 or group is not None):
+                statistics, seen = self._statistics(image, c, group)
                 first = self.num_batches_tracked == 0
                 made = running.update_(buffers, statistics, self.momentum, first)
-                self.num_batches_tracked.add_(made)
+                self.num_batches_tracked.add_(made & seen)
             else:
                 work, keep = statistics_dtype(x.dtype), torch.is_grad_enabled()
-                statistics = tuple((b.clone() if keep else b).to(work) for b in buffers)
+                statistics = [(b.clone() if keep else b).to(work) for b in buffers]
             return self._apply_statistics(image, c, *statistics).reshape(x.shape)
 
     def extra_repr(self) -> str:

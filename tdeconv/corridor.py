@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
-from tdeconv.layout import memory_format
 from tdeconv.precision import statistics_dtype
 
 
@@ -22,9 +21,6 @@ class Stages(Protocol):
 
     def describe(self, x: Tensor, weight: Tensor, geo: Geometry, n_iter: int) -> dict[str, str]:
         """How each stage would be done, a line each."""
-
-    def native(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The input, or its gradient, in the memory layout the backend computes in."""
 
     def patch_moments(self, x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]: ...
 
@@ -94,7 +90,6 @@ def forward(
     n_iter: int,
 ) -> tuple[Tensor, Saved]:
     """The layer in training: the output, and the rest of the forward."""
-    x = stages.native(x, weight)
     if frozen is not None and frozen.flag:
         mean, deconv = _batched(frozen, statistics_dtype(x.dtype), geo)
         basis, spectrum = stages.inverse_sqrt_saved(deconv, n_iter)
@@ -125,8 +120,6 @@ def backward(
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the input (None unless needed), the weight and the bias; ``frozen`` as the forward's flag was."""
-    x = stages.native(x, weight)
-    grad = grad.contiguous(memory_format=memory_format(x))
     grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, saved.folded, geo, need_x)
     stat = saved.mean.dtype
     grad_folded, grad_bias = grad_folded.to(stat), grad_bias.to(stat)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdeconv import checks, ops, reference, running
+from tdeconv import checks, distributed, ops, reference, running
 from tdeconv.backends import choose
 from tdeconv.geometry import Geometry, resolve_block
 from tdeconv.precision import compute_dtype, statistics_dtype
@@ -177,6 +177,7 @@ def fast_deconv(
     grouping: str = "interleaved",
     frozen: Tensor | None = None,
     backend: str | None = None,
+    process_group: distributed.StatisticsGroup | None = None,
 ) -> Tensor:
     """A deconvolution layer: whiten every patch, then convolve; 1-D, 2-D or 3-D by the weight's shape.
 
@@ -198,6 +199,8 @@ def fast_deconv(
         frozen: a 0-d bool tensor; where true, a training step uses the running statistics and leaves them as they are
             (a tensor, so that a compiled graph holds both).
         backend: see :func:`tdeconv.use_backend`.
+        process_group: whose ranks' batches the statistics are taken over: a converted layer's ``process_group`` (see
+            :func:`tdeconv.convert_sync_deconv`), or None.
 
     Returns:
         ``(N, O, *spatial_out)`` in x's dtype, or autocast's. An empty batch yields an empty output and leaves the
@@ -219,7 +222,21 @@ def fast_deconv(
     checks.weight_of(weight, batch, bias, groups)
     checks.options(eps, n_iter, momentum, block, sampling_stride)
     geo = convolution_geometry(batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride)
-    y = _layer(batch, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend, frozen)
+    y = _layer(
+        batch,
+        weight,
+        bias,
+        running_mean,
+        running_deconv,
+        training,
+        geo,
+        eps,
+        n_iter,
+        momentum,
+        backend,
+        process_group,
+        frozen,
+    )
     return y if batch is x else y.squeeze(0)
 
 
@@ -236,6 +253,7 @@ def delinear(
     momentum: float = 0.1,
     block: int = 512,
     backend: str | None = None,
+    process_group: distributed.StatisticsGroup | None = None,
 ) -> Tensor:
     """A fully connected deconvolution layer: whiten runs of ``block`` features by one shared covariance, then map.
 
@@ -245,7 +263,7 @@ def delinear(
         bias: ``(O)`` or None.
         running_mean: ``(D)`` with D the block cut down to a divisor of C; None in training keeps no statistics.
         running_deconv: ``(D, D)``; likewise.
-        training, eps, n_iter, momentum, block, backend: as in :func:`fast_deconv`.
+        training, eps, n_iter, momentum, block, backend, process_group: as in :func:`fast_deconv`.
 
     Returns:
         ``(..., O)`` in x's dtype, or autocast's.
@@ -263,7 +281,9 @@ def delinear(
     rows = x.reshape(-1, x.shape[-1])
     checks.weight_of(weight, rows, bias, 1)
     geo = linear_geometry(x.shape[-1], block)
-    y = _layer(rows, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend)
+    y = _layer(
+        rows, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend, process_group
+    )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -311,6 +331,7 @@ def _layer(
     n_iter: int,
     momentum: float,
     backend: str | None,
+    process_group: distributed.StatisticsGroup | None,
     frozen: Tensor | None = None,
 ) -> Tensor:
     """Any layer, arguments checked: statistics of the batch in training, else the running ones."""
@@ -320,11 +341,17 @@ def _layer(
     if autocast is None:
         checks.same_dtype(x, weight=weight, bias=bias)
     name, dtype = choose(backend, x.device).backend, autocast or x.dtype
+    group = distributed.active(process_group) if training else None
     with torch.autocast(device, enabled=False):
         x = x.to(_convolution_dtype(dtype, device))
-        if not training or x.shape[0] == 0:
+        if not training or _needs_no_statistics(x, frozen, group):
             return _with_running(x, weight, bias, running_mean, running_deconv, geo).to(dtype)
-        if name == "reference":
+        if group is not None:
+            kept = None if running_mean is None or running_deconv is None else (running_mean, running_deconv)
+            y, mean, deconv = distributed.deconvolve(
+                x, weight, bias, kept, frozen, geo, eps, n_iter, name, group
+            )
+        elif name == "reference":
             still = None if frozen is None else (frozen, running_mean.clone(), running_deconv.clone())
             y, mean, deconv = reference.deconvolve(x, weight, bias, geo, eps, n_iter, still)
         else:
@@ -333,6 +360,15 @@ def _layer(
         if running_mean is not None and running_deconv is not None:
             running.update_((running_mean, running_deconv), (mean, deconv), momentum)
     return y.to(dtype)
+
+
+def _needs_no_statistics(x: Tensor, frozen: Tensor | None, group: distributed.StatisticsGroup | None) -> bool:
+    """A training step that takes no statistics of its own: of no images, or of a frozen layer on many processes, which
+    spare the collective (but not in a compiled graph, which holds both). Other backends look at ``frozen`` themselves.
+    """
+    if group is None:
+        return x.shape[0] == 0
+    return frozen is not None and not torch.compiler.is_compiling() and bool(frozen)
 
 
 def _convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

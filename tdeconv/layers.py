@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tdeconv import checks
 from tdeconv import functional as TF
+from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
 
 
@@ -27,6 +28,7 @@ class _FastDeconvNd(_ConvNd):
 
     _rank: int
     track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
+    process_group: StatisticsGroup | None = None  # whose ranks' statistics these are: see convert_sync_deconv
     running_mean: Tensor
     running_deconv: Tensor
     num_batches_tracked: Tensor  # with freeze
@@ -126,7 +128,8 @@ class _FastDeconvNd(_ConvNd):
             )
         checks.channels(x, self.in_channels, axis=-1 - self._rank)
         x, padding = self._pad(x)
-        frozen = self._frozen() if self.training and x.shape[0] > 0 else None
+        counts = x.shape[0] > 0 or self.process_group is not None  # an empty rank of a group keeps in step
+        frozen = self._frozen() if self.training and counts else None
         mean, deconv = self.running_mean, self.running_deconv
         if self.training and not self.track_running_stats:  # a freezing layer reads them still
             mean, deconv = (None, None) if frozen is None else (mean.clone(), deconv.clone())
@@ -149,6 +152,7 @@ class _FastDeconvNd(_ConvNd):
             sampling_stride=self.sampling_stride,
             grouping=self.grouping,
             backend=self.backend,
+            process_group=self.process_group,
         )
 
     def geometry(self, x: Tensor) -> tuple[Tensor, Geometry]:
@@ -270,6 +274,7 @@ class Delinear(nn.Linear):
     """
 
     track_running_stats = True
+    process_group: StatisticsGroup | None = None
     running_mean: Tensor
     running_deconv: Tensor
 
@@ -323,6 +328,7 @@ class Delinear(nn.Linear):
             momentum=self.momentum,
             block=self.block,
             backend=self.backend,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 Runs on any device; the choices in it were measured on CPUs (bench/results).
 """
 
-from tdeconv.torch_backend.convolve import convolve, convolve_backward, native
+from tdeconv.torch_backend.convolve import convolve, convolve_backward
 from tdeconv.torch_backend.describe import describe
 from tdeconv.torch_backend.fold import fold, fold_backward
 from tdeconv.torch_backend.inverse_sqrt import inverse_sqrt, inverse_sqrt_backward, inverse_sqrt_saved
@@ -18,7 +18,6 @@ __all__ = [
     "inverse_sqrt",
     "inverse_sqrt_backward",
     "inverse_sqrt_saved",
-    "native",
     "patch_moments",
     "patch_moments_backward_",
 ]

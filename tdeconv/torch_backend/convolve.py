@@ -12,6 +12,7 @@ from torch import Tensor
 from tdeconv import reference
 from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
+from tdeconv.torch_backend.chunks import chunk_rows
 from tdeconv.torch_backend.patches import taps
 
 # With this many channels on both sides, a CPU's convolutions are faster channels-last by more than the change of layout
@@ -22,17 +23,31 @@ _FEW_PIXELS = 4
 
 
 def wide(x: Tensor, weight: Tensor) -> bool:
-    """Whether both sides have channels enough for products of single taps."""
+    """Whether both sides have channels enough for products of single taps, channels-last."""
     ungrouped = x.shape[1] == weight.shape[1]
     kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     return kind and ungrouped and x.ndim > 2 and min(weight.shape[:2]) >= _WIDE
 
 
-def native(x: Tensor, weight: Tensor) -> Tensor:
-    """The input in the memory layout this backend computes in: channels last, where a CPU's convolutions gain by it."""
-    if x.ndim == 4 and x.dtype == torch.float32 and wide(x, weight):
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+def by_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
+    """Whether the map is so small that the convolution is best done pixel by pixel."""
+    return wide(x, weight) and max(math.prod(x.shape[2:]), math.prod(_out(x, geo))) <= _FEW_PIXELS
+
+
+def _out(x: Tensor, geo: Geometry) -> tuple[int, ...]:
+    return geo.every().positions(tuple(x.shape[2:]))
+
+
+def _images(x: Tensor, weight: Tensor, geo: Geometry) -> Iterator[slice]:
+    """A few images at a time, in and out within the cache."""
+    step = chunk_rows(max(x[0].numel(), weight.shape[0] * math.prod(_out(x, geo))))
+    for first in range(0, x.shape[0], step):
+        yield slice(first, first + step)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A view's worth of ``x (N, C, *spatial)`` with its channels innermost."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _pairs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
@@ -55,30 +70,38 @@ def by_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
-    if not by_pixels(x, weight, geo):
+    if by_pixels(x, weight, geo):
+        return _convolve_by_pixels(_channels_last(x), weight, bias, geo)
+    if not wide(x, weight) or not x.is_contiguous():
         return reference.convolve(x, weight.contiguous(memory_format=memory_format(x)), bias, geo)
-    every, pixels, by_tap = geo.every(), x.movedim(1, -1), _tap_weights(weight)
-    y = bias.expand(x.shape[0], *every.positions(tuple(x.shape[2:])), -1).contiguous()
-    for tap, out, into in _pairs(pixels, every):
+    y = x.new_empty(x.shape[0], weight.shape[0], *_out(x, geo))
+    for part in _images(x, weight, geo):
+        y[part] = reference.convolve(_channels_last(x[part]), weight, bias, geo)
+    return y
+
+
+def _convolve_by_pixels(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
+    pixels, by_tap = x.movedim(1, -1), _tap_weights(weight)
+    y = bias.expand(x.shape[0], *_out(x, geo), -1).contiguous()
+    for tap, out, into in _pairs(pixels, geo.every()):
         y[(slice(None), *out)].addmm_(pixels[(slice(None), *into)], by_tap[:, tap].t())
     return y.movedim(-1, 1)
 
 
-def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
-    pixels, grads, by_tap = x.movedim(1, -1), grad.movedim(1, -1), _tap_weights(weight)
-    grad_pixels = torch.zeros_like(pixels, memory_format=torch.contiguous_format)
+def _input_gradient_by_pixels(grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    grads, by_tap = grad.movedim(1, -1), _tap_weights(weight)
+    pixels = torch.zeros(x.movedim(1, -1).shape, dtype=x.dtype, device=x.device)
     for tap, out, into in _pairs(pixels, geo.every()):
-        grad_pixels[(slice(None), *into)].addmm_(grads[(slice(None), *out)], by_tap[:, tap])
-    return grad_pixels.movedim(-1, 1)
+        pixels[(slice(None), *into)].addmm_(grads[(slice(None), *out)], by_tap[:, tap])
+    return pixels.movedim(-1, 1)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
-    o, c = weight.shape[:2]
+def _add_weight_gradient_(total: Tensor, grad: Tensor, x: Tensor, geo: Geometry) -> None:
+    """``total (O, taps, C)``: a tap's is ``grad^T x`` over the positions at which the tap falls inside the input."""
+    o, _, c = total.shape
     pixels, grads = x.movedim(1, -1), grad.movedim(1, -1)
-    out = grad.new_zeros(o, geo.taps, c)
     for tap, at, reads in taps(pixels, geo.every()):
-        torch.mm(grads[at].reshape(-1, o).t(), pixels[reads].reshape(-1, c), out=out[:, tap])
-    return out.view(o, *geo.kernel_size, c).movedim(-1, 1)
+        total[:, tap].addmm_(grads[at].reshape(-1, o).t(), pixels[reads].reshape(-1, c))
 
 
 def convolve_backward(
@@ -86,23 +109,28 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     if not geo.kernel_size:
         return grad @ weight if need_x else None, grad.t() @ x, grad.sum(0)
-    products, pixelwise = wide(x, weight), by_pixels(x, weight, geo)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight.contiguous(memory_format=memory_format(x)),
-        [weight.shape[0]],
-        geo.stride,
-        geo.padding,
-        geo.dilation,
-        False,
-        [0] * len(geo.stride),
-        geo.groups,
-        [need_x and not pixelwise, not products, not products],
+    if not wide(x, weight):
+        weight = weight.contiguous(memory_format=memory_format(x))
+        grad_x, grad_weight, grad_bias = _library_backward(grad, x, weight, geo, [need_x, True, True])
+        return grad_x if need_x else None, grad_weight, grad_bias
+    total = grad.new_zeros(weight.shape[0], geo.taps, weight.shape[1])
+    grad_x = torch.empty_like(x) if need_x else None
+    for part in _images(x, weight, geo):
+        x_part, grad_part = _channels_last(x[part]), _channels_last(grad[part])
+        _add_weight_gradient_(total, grad_part, x_part, geo)
+        if grad_x is not None and by_pixels(x, weight, geo):
+            grad_x[part] = _input_gradient_by_pixels(grad_part, x_part, weight, geo)
+        elif grad_x is not None:
+            grad_x[part] = _library_backward(grad_part, x_part, weight, geo, [True, False, False])[0]
+    grad_weight = total.view(weight.shape[0], *geo.kernel_size, -1).movedim(-1, 1)
+    return grad_x, grad_weight, grad.sum((0, *range(2, grad.ndim)))
+
+
+def _library_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own gradients of a convolution: input, weight and bias, those that the mask asks for."""
+    zeros = [0] * len(geo.stride)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], geo.stride, geo.padding, geo.dilation, False, zeros, geo.groups, mask
     )
-    if products:
-        grad_weight = _weight_gradient(grad, x, weight, geo)
-        grad_bias = grad.sum((0, *range(2, grad.ndim)))
-    if pixelwise and need_x:
-        grad_x = _input_gradient(grad, x, weight, geo)
-    return grad_x if need_x else None, grad_weight, grad_bias

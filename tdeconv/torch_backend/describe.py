@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
-from tdeconv.torch_backend.convolve import by_pixels, native, wide
+from tdeconv.torch_backend.convolve import by_pixels, wide
 from tdeconv.torch_backend.inverse_sqrt import decomposition_dtype, uses_eigh
 
 
@@ -39,5 +39,4 @@ def _convolve(x: Tensor, weight: Tensor, geo: Geometry) -> str:
         return "one product per pair of pixels: most taps of so small a map fall on padding"
     if not wide(x, weight):
         return "the library's convolution"
-    layout = "channels-last" if native(x, weight) is not x else "as it lies"
-    return f"the library's convolution ({layout}), its weight gradient one product per tap"
+    return "the library's convolution, channels-last, a few images at a time; its weight gradient one product per tap"

@@ -17,7 +17,7 @@ from tdeconv.torch_backend.patches import count, gather, parts, scatter_add_
 
 def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     cov, means, counts = None, [], []
-    for part in parts(x.movedim(1, -1).contiguous(), geo):
+    for part in parts(_pixels(x, geo), geo):
         rows = gather(part, geo)
         means.append(_pooled_mean(rows.mean(0), geo))
         counts.append(rows.shape[0] * geo.pooled)
@@ -38,16 +38,21 @@ def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
 def patch_moments_backward_(
     grad_x: Tensor, x: Tensor, mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, geo: Geometry
 ) -> None:
-    pixels, grad_pixels = x.movedim(1, -1).contiguous(), grad_x.movedim(1, -1)
-    target = grad_pixels.contiguous()
+    pixels, target = _pixels(x, geo), _pixels(grad_x, geo)
     samples = count(pixels, geo) * geo.pooled
     # the centred vectors sum to zero, so the mean gets nothing from the covariance
     grad_cov, grad_mean = (grad_cov + grad_cov.mT) / samples, grad_mean / samples
     for part, grad_part in zip(parts(pixels, geo), parts(target, geo), strict=True):
         vectors = _centred_vectors(gather(part, geo), mean, geo)
         scatter_add_(grad_part, _rows(vectors @ grad_cov, grad_mean, geo), geo)
-    if target is not grad_pixels:
-        grad_pixels.copy_(target)
+    if target.data_ptr() != grad_x.data_ptr():
+        grad_x.copy_(target.movedim(-1, 1))
+
+
+def _pixels(x: Tensor, geo: Geometry) -> Tensor:
+    """``(N, *spatial, C)``; contiguous where the pixels themselves are the samples, which one flat stride picks."""
+    pixels = x.movedim(1, -1)
+    return pixels.contiguous() if geo.pointwise else pixels
 
 
 def _split(columns: Tensor, geo: Geometry) -> Tensor:

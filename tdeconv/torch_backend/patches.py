@@ -50,7 +50,7 @@ def count(pixels: Tensor, geo: Geometry) -> int:
 
 
 def parts(pixels: Tensor, geo: Geometry) -> tuple[Tensor, ...]:
-    """Views of contiguous ``pixels`` whose patches fit the cache."""
+    """Views of ``pixels`` whose patches fit the cache; a pointwise kernel's pixels must be contiguous."""
     if geo.pointwise:
         pixels = pixels.view(-1, geo.channels)[:: geo.flat_stride]
         return pixels.split(chunk_rows(geo.channels))
@@ -64,6 +64,7 @@ def gather(part: Tensor, geo: Geometry) -> Tensor:
     if geo.pointwise:
         return part.to(dtype).unsqueeze(1)
     positions = geo.positions(tuple(part.shape[1:-1]))
+    part = part.contiguous()
     rows = part.new_zeros((part.shape[0], *positions, geo.taps, geo.channels), dtype=dtype)
     for tap, at, reads in taps(part, geo):
         rows[..., tap, :][at] = part[reads]
@@ -76,5 +77,8 @@ def scatter_add_(part: Tensor, rows: Tensor, geo: Geometry) -> None:
         part += rows.squeeze(1)
         return
     rows = rows.view(part.shape[0], *geo.positions(tuple(part.shape[1:-1])), geo.taps, geo.channels)
+    target = part.contiguous()
     for tap, at, reads in taps(part, geo):
-        part[reads] += rows[..., tap, :][at]
+        target[reads] += rows[..., tap, :][at]
+    if target is not part:
+        part.copy_(target)

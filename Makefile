@@ -1,0 +1,51 @@
+# Every target but help and clean makes .venv first: Python, make and a C compiler are all that is needed.
+#   make test PYTHON=python3.12     another Python (3.11 or later)
+#   make demo ARGS='--data digits'  arguments for the command
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+VENV := .venv/.stamp
+
+.PHONY: help demo test test-slow bench lint clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train batch norm against network deconvolution on real images; pictures in demo-out/"
+	@echo "make test       the tests"
+	@echo "make test-slow  the tests and the slow ones"
+	@echo "make bench      time against conv + batch norm and the reference; results in bench-out/"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what was built and measured; distclean removes .venv too"
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(VENV): pyproject.toml constraints.txt
+	@echo "Installing into .venv; the first time this takes minutes."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)
+	$(BIN)/python -m tdeconv demo $(ARGS)
+
+test: $(VENV)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: $(VENV)
+	$(BIN)/python -m pytest -q --slow $(ARGS)
+
+bench: $(VENV)
+	$(BIN)/python -m bench.run --out bench-out $(ARGS)
+
+lint: $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info demo-out bench-out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

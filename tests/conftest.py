@@ -1,0 +1,38 @@
+"""The tests' two markers, and the time they took."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+STARTED = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STARTED] = time.monotonic()
+    config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device")
+    config.addinivalue_line("markers", "slow: takes long; runs with --slow only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    absent = {}
+    if not torch.cuda.is_available():  # true on ROCm as well
+        absent["gpu"] = pytest.mark.skip(reason="no CUDA or ROCm device")
+    if not config.getoption("--slow"):
+        absent["slow"] = pytest.mark.skip(reason="slow: runs with --slow")
+    for item in items:
+        for name, skip in absent.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
+
+
+@pytest.hookimpl(trylast=True)  # after the plugins' summaries, which take time too
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    minutes, seconds = divmod(round(time.monotonic() - config.stash[STARTED]), 60)
+    terminalreporter.write_line(f"The tests took {minutes} min {seconds} s.")

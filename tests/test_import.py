@@ -1,0 +1,77 @@
+"""What ``import tdeconv`` costs and loads, and that every folder of code is in the package."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# The processor time of either import in seconds, which other programs on the machine disturb less than the clock's.
+COSTS = """
+import json, time
+start = time.process_time()
+import torch
+middle = time.process_time()
+import tdeconv
+print(json.dumps([middle - start, time.process_time() - middle]))
+"""
+
+LOADED = """
+import json, sys
+import torch
+before = set(sys.modules)
+import tdeconv
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def run(code: str) -> list:
+    """The list that ``code`` prints as JSON in a Python of its own."""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> list[str]:
+    """The modules that ``import tdeconv`` loads after ``import torch``."""
+    return run(LOADED)
+
+
+@pytest.mark.usefixtures("loaded")  # the first import compiles, and fills the disk's cache
+def test_import_costs_little_beside_torch() -> None:
+    costs = [run(COSTS) for _ in range(3)]
+    torch_s, tdeconv_s = (statistics.median(column) for column in zip(*costs, strict=True))
+    assert tdeconv_s <= 0.05 * torch_s, f"import tdeconv took {tdeconv_s:.3f} s beside torch's {torch_s:.3f} s"
+
+
+def test_import_loads_nothing_but_itself_torch_and_the_standard_library(loaded: list[str]) -> None:
+    names = {module.partition(".")[0] for module in loaded}
+    assert "tdeconv" in names
+    assert names - {"tdeconv", "torch"} - sys.stdlib_module_names == set()
+
+
+def test_import_leaves_alone_what_is_loaded_on_first_use(loaded: list[str]) -> None:
+    lazy = (
+        "tdeconv.cli",
+        "tdeconv.demo",
+        "tdeconv.kernels",
+        "tdeconv.torch_backend",
+        "torch._dynamo",
+        "torch._inductor",
+    )
+    assert [module for module in loaded if module.startswith(lazy)] == []
+
+
+def test_every_folder_of_code_is_shipped() -> None:
+    """The packages are listed by name: one left out would be missing from the wheel, and only there."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for top in ("tdeconv", "kernels") for path in ROOT.glob(f"{top}/**/*.py")}
+    packages = {".".join(("tdeconv", *f.parts) if f.parts[0] == "kernels" else f.parts) for f in folders}
+    assert packages == set(setuptools["packages"])

@@ -44,9 +44,7 @@ class ChannelDeconv(nn.Module):
         TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
     """
 
-    process_group: distributed.StatisticsGroup | None = (
-        None  # whose ranks' statistics these are: see convert_sync_deconv
-    )
+    process_group: distributed.StatisticsGroup | None = None  # see convert_sync_deconv
     running_mean1: Tensor
     running_deconv: Tensor
     running_mean2: Tensor

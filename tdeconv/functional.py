@@ -221,7 +221,9 @@ def fast_deconv(
     batch = x if x.ndim == rank + 2 else x.unsqueeze(0)
     checks.weight_of(weight, batch, bias, groups)
     checks.options(eps, n_iter, momentum, block, sampling_stride)
-    geo = convolution_geometry(batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride)
+    geo = convolution_geometry(
+        batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride
+    )
     y = _layer(
         batch,
         weight,
@@ -346,19 +348,17 @@ def _layer(
         x = x.to(_convolution_dtype(dtype, device))
         if not training or _needs_no_statistics(x, frozen, group):
             return _with_running(x, weight, bias, running_mean, running_deconv, geo).to(dtype)
+        kept = None if running_mean is None or running_deconv is None else (running_mean, running_deconv)
         if group is not None:
-            kept = None if running_mean is None or running_deconv is None else (running_mean, running_deconv)
-            y, mean, deconv = distributed.deconvolve(
-                x, weight, bias, kept, frozen, geo, eps, n_iter, name, group
-            )
+            y, mean, deconv = distributed.deconvolve(x, weight, bias, kept, frozen, geo, eps, n_iter, name, group)
         elif name == "reference":
-            still = None if frozen is None else (frozen, running_mean.clone(), running_deconv.clone())
+            still = None if frozen is None or kept is None else (frozen, *kept)
             y, mean, deconv = reference.deconvolve(x, weight, bias, geo, eps, n_iter, still)
         else:
-            old = (None, None) if frozen is None else (running_mean, running_deconv)
+            old = (None, None) if frozen is None or kept is None else kept
             y, mean, deconv = ops.deconvolve(x, weight, bias, *old, frozen, geo.pack(), eps, n_iter, name)[:3]
-        if running_mean is not None and running_deconv is not None:
-            running.update_((running_mean, running_deconv), (mean, deconv), momentum)
+        if kept is not None:
+            running.update_(kept, (mean, deconv), momentum)
     return y.to(dtype)
 
 

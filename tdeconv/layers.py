@@ -130,9 +130,10 @@ class _FastDeconvNd(_ConvNd):
         x, padding = self._pad(x)
         counts = x.shape[0] > 0 or self.process_group is not None  # an empty rank of a group keeps in step
         frozen = self._frozen() if self.training and counts else None
-        mean, deconv = self.running_mean, self.running_deconv
+        mean: Tensor | None = self.running_mean
+        deconv: Tensor | None = self.running_deconv
         if self.training and not self.track_running_stats:  # a freezing layer reads them still
-            mean, deconv = (None, None) if frozen is None else (mean.clone(), deconv.clone())
+            mean, deconv = (None, None) if frozen is None else (self.running_mean.clone(), self.running_deconv.clone())
         return TF.fast_deconv(
             x,
             self.weight,

@@ -33,8 +33,9 @@ def update_(running: Sequence[Tensor], new: Sequence[Tensor], momentum: float, f
         value = torch.lerp(r.to(n.dtype), n, momentum)
         updated.append((value if first is None else torch.where(first, n, value)).to(r.dtype))
     finite = torch.stack([torch.isfinite(u).all() for u in updated]).all()
-    for r, u in zip(running, updated, strict=True):
-        r.copy_(torch.where(finite, u, r))
     if finite.device.type == "cpu" and not torch.compiler.is_compiling() and not finite:
         _warn_once()
+        return finite
+    for r, u in zip(running, updated, strict=True):
+        r.copy_(torch.where(finite, u, r))
     return finite

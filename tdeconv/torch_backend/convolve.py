@@ -15,18 +15,27 @@ from tdeconv.layout import memory_format
 from tdeconv.torch_backend.chunks import chunk_rows
 from tdeconv.torch_backend.patches import taps
 
-# With this many channels on both sides, a CPU's convolutions are faster channels-last by more than the change of layout
-# costs, and the weight gradient faster as one product per tap, which skips the padding.
+# With this many channels on both sides, a CPU's forward convolution is faster channels-last by more than the change of
+# layout costs.
+_CHANNELS_LAST = 64
+# With this many, so are its gradients, and the weight's as one product per tap, which skips the padding.
 _WIDE = 128
 # Up to this many pixels in and out, so is the whole convolution, pixel by pixel: most taps fall on padding.
 _FEW_PIXELS = 4
 
+Index = tuple[slice | int, ...]
+
+
+def _channels(x: Tensor, weight: Tensor) -> int:
+    """The narrower side of a convolution that this backend may do otherwise than the library; else 0."""
+    ungrouped = x.shape[1] == weight.shape[1]
+    kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return min(weight.shape[:2]) if kind and ungrouped and x.ndim > 2 else 0
+
 
 def wide(x: Tensor, weight: Tensor) -> bool:
     """Whether both sides have channels enough for products of single taps, channels-last."""
-    ungrouped = x.shape[1] == weight.shape[1]
-    kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return kind and ungrouped and x.ndim > 2 and min(weight.shape[:2]) >= _WIDE
+    return _channels(x, weight) >= _WIDE
 
 
 def by_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
@@ -50,12 +59,14 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _pairs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+def _pairs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, Index, Index]]:
     """Tap, output pixel and input pixel of every product of a convolution that does not fall on padding."""
+    images = slice(None)
     for tap, at, reads in taps(pixels, geo):
         outs = [range(s.start, s.stop) for s in at[1:]]
         ins = [range(s.start, s.stop, s.step or 1) for s in reads[1:]]
-        yield from zip(itertools.repeat(tap), itertools.product(*outs), itertools.product(*ins))
+        for out, into in zip(itertools.product(*outs), itertools.product(*ins), strict=True):
+            yield tap, (images, *out), (images, *into)
 
 
 def _tap_weights(weight: Tensor) -> Tensor:
@@ -63,16 +74,10 @@ def _tap_weights(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1, -2)
 
 
-def by_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
-    """Whether the map is so small that the convolution is best done pixel by pixel."""
-    spatial = tuple(x.shape[2:])
-    return wide(x, weight) and max(math.prod(spatial), math.prod(geo.every().positions(spatial))) <= _FEW_PIXELS
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
     if by_pixels(x, weight, geo):
         return _convolve_by_pixels(_channels_last(x), weight, bias, geo)
-    if not wide(x, weight) or not x.is_contiguous():
+    if _channels(x, weight) < _CHANNELS_LAST or not x.is_contiguous():
         return reference.convolve(x, weight.contiguous(memory_format=memory_format(x)), bias, geo)
     y = x.new_empty(x.shape[0], weight.shape[0], *_out(x, geo))
     for part in _images(x, weight, geo):
@@ -84,7 +89,7 @@ def _convolve_by_pixels(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) 
     pixels, by_tap = x.movedim(1, -1), _tap_weights(weight)
     y = bias.expand(x.shape[0], *_out(x, geo), -1).contiguous()
     for tap, out, into in _pairs(pixels, geo.every()):
-        y[(slice(None), *out)].addmm_(pixels[(slice(None), *into)], by_tap[:, tap].t())
+        y[out].addmm_(pixels[into], by_tap[:, tap].t())
     return y.movedim(-1, 1)
 
 
@@ -92,7 +97,7 @@ def _input_gradient_by_pixels(grad: Tensor, x: Tensor, weight: Tensor, geo: Geom
     grads, by_tap = grad.movedim(1, -1), _tap_weights(weight)
     pixels = torch.zeros(x.movedim(1, -1).shape, dtype=x.dtype, device=x.device)
     for tap, out, into in _pairs(pixels, geo.every()):
-        pixels[(slice(None), *into)].addmm_(grads[(slice(None), *out)], by_tap[:, tap])
+        pixels[into].addmm_(grads[out], by_tap[:, tap])
     return pixels.movedim(-1, 1)
 
 
@@ -111,8 +116,8 @@ def convolve_backward(
         return grad @ weight if need_x else None, grad.t() @ x, grad.sum(0)
     if not wide(x, weight):
         weight = weight.contiguous(memory_format=memory_format(x))
-        grad_x, grad_weight, grad_bias = _library_backward(grad, x, weight, geo, [need_x, True, True])
-        return grad_x if need_x else None, grad_weight, grad_bias
+        grads = _library_backward(grad, x, weight, geo, [need_x, True, True])
+        return grads[0] if need_x else None, grads[1], grads[2]
     total = grad.new_zeros(weight.shape[0], geo.taps, weight.shape[1])
     grad_x = torch.empty_like(x) if need_x else None
     for part in _images(x, weight, geo):

@@ -21,7 +21,7 @@ def describe(x: Tensor, weight: Tensor, geo: Geometry, n_iter: int) -> dict[str,
 
 
 def _patch_moments(geo: Geometry) -> str:
-    what = "pixels, one in {}".format(geo.flat_stride) if geo.pointwise else f"patches at every {geo.sample_stride}"
+    what = f"pixels, one in {geo.flat_stride}" if geo.pointwise else f"patches at every {geo.sample_stride}"
     return f"{what}; {geo.groups} covariance(s) of {geo.features} features, {geo.pooled} vector(s) of a patch each"
 
 
@@ -30,7 +30,11 @@ def _inverse_sqrt(x: Tensor, geo: Geometry, n_iter: int) -> str:
     if uses_eigh(x.device, geo.groups, geo.features, n_iter):
         work = decomposition_dtype(x.device, dtype, n_iter)
         return f"eigendecomposition in {work}, the {n_iter}-step polynomial on its eigenvalues: fewer products on a CPU"
-    why = "too few steps, too small or too many matrices for decompositions to pay" if x.device.type == "cpu" else "eigensolvers are slow on a GPU"
+    why = (
+        "too few steps, too small or too many matrices for decompositions to pay"
+        if x.device.type == "cpu"
+        else "eigensolvers are slow on a GPU"
+    )
     return f"products, {n_iter} Newton-Schulz step(s) two at a time: {why}"
 
 

@@ -43,7 +43,7 @@ def _scalars(values: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
 def _divided_differences(a: Tensor, n_iter: int) -> Tensor:
     """``(z_n(a_i) - z_n(a_j)) / (a_i - a_j)``, or ``z_n'(a_i)`` where they are equal, as ``(b, D, D)``.
 
-    By the product rule of divided differences, ``[fg] = f_i [g] + [f] g_j``, applied to ``z t`` and ``t = (3 - a z z)/2``.
+    By their product rule, ``[fg] = f_i [g] + [f] g_j``, applied to ``z t`` and ``t = (3 - a z z)/2``.
     """
     z = 1.5 - 0.5 * a
     diff = a.new_full((*a.shape, a.shape[-1]), -0.5)  # of the first step, z = (3 - a)/2
@@ -75,7 +75,7 @@ def _eigh(cov: Tensor) -> tuple[Tensor, Tensor] | None:
 def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
     """The root; then eigenvectors (as rows) and eigenvalues, or the covariance and NaN where it came from products."""
     work = cov.to(decomposition_dtype(cov.device, cov.dtype, n_iter))
-    eigen = _eigh(work) if uses_eigh(work.device, *work.shape[:2], n_iter) else None
+    eigen = _eigh(work) if uses_eigh(work.device, work.shape[0], work.shape[1], n_iter) else None
     if eigen is None:
         root = newton_schulz.inverse_sqrt(work, n_iter)
         basis = work.clone() if work is cov else work
@@ -89,7 +89,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int) -> Tensor:
     dtype, grad = grad.dtype, grad.to(basis.dtype)
-    if not uses_eigh(basis.device, *basis.shape[:2], n_iter) or spectrum.isnan().any():
+    if not uses_eigh(basis.device, basis.shape[0], basis.shape[1], n_iter) or spectrum.isnan().any():
         return newton_schulz.inverse_sqrt_backward(grad, basis, n_iter).to(dtype)
     z, norm = _scalars(spectrum, n_iter)
     inner = symmetric.product(basis, (grad + grad.mT).div_(2) @ basis.mT)

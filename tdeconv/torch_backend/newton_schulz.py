@@ -1,8 +1,8 @@
 """The n-step Newton-Schulz polynomial by products, two steps at a time, with its gradient as a tangent.
 
 ``M = Z Y`` stays a polynomial of the normalised covariance A, and two steps multiply Z by
-``q(M) = (36 - 39M + 27M^2 - 9M^3 + M^4) / 16``, which takes two products. Starting from ``Z = I`` this needs 10 products
-for n = 5, where the coupled iteration takes 15, and is the same polynomial.
+``q(M) = (36 - 39M + 27M^2 - 9M^3 + M^4) / 16``, which takes two products. Starting from ``Z = I`` this needs 10
+products for n = 5, where the coupled iteration takes 15, and is the same polynomial.
 The gradient of a polynomial of a symmetric matrix is its own tangent: ``grad_A = dp(A)[sym(grad)]``.
 """
 

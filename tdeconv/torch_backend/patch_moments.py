@@ -1,8 +1,8 @@
 """First stage: mean and covariance of the sampled patches, and their gradient added into the input's.
 
-The patch matrix never exists as a whole: a few images at a time are gathered tap by tap into rows ``(M, taps, C)`` (from
-a channels-last input that copies runs of C contiguous values), centred and brought into the order of the layer's
-vectors, and multiplied while they are in the cache.
+The patch matrix never exists as a whole: a few images at a time are gathered tap by tap into rows ``(M, taps, C)``,
+which copies runs of C contiguous values, centred and brought into the order of the layer's vectors, and multiplied
+while they are in the cache.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ def _rows(vectors: Tensor, offset: Tensor, geo: Geometry) -> Tensor:
     if geo.groups > 1:
         vectors = vectors.transpose(0, 1)
     vectors = vectors.reshape(-1, geo.groups * geo.pooled, geo.features)
-    columns = vectors.new_empty(vectors.shape[0], geo.channels * geo.taps)
-    torch.add(vectors, offset, out=_split(columns, geo))
-    return columns.view(-1, geo.channels, geo.taps).transpose(1, 2).contiguous()
+    if geo.interleaved and geo.pooled > 1:
+        columns = vectors.new_empty(vectors.shape[0], geo.channels * geo.taps)
+        torch.add(vectors, offset, out=_split(columns, geo))
+        return columns.view(-1, geo.channels, geo.taps).transpose(1, 2).contiguous()
+    rows = vectors.new_empty(vectors.shape[0], geo.taps, geo.channels)
+    split = rows.transpose(1, 2).unflatten(1, (-1, geo.block))  # (M, vectors, block, taps)
+    torch.add(vectors.view(split.shape), offset.view(-1, geo.block, geo.taps), out=split)
+    return rows

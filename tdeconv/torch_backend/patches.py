@@ -5,9 +5,10 @@ A part is a few images; where the kernel is pointwise, a few of the sampled pixe
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,19 +28,31 @@ def _reach(size: int, positions: int, offset: int, stride: int) -> tuple[slice, 
     return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)
 
 
-def taps(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, Slices, Slices]]:
-    """Each tap's number, the sampled positions at which it falls inside the input, and the pixels it reads there.
+class Tap(NamedTuple):
+    """A kernel position that meets the input: its number, the positions at which it does, the pixels it reads there."""
 
-    A tap that meets only padding is left out.
-    """
-    spatial = tuple(pixels.shape[1:-1])
+    number: int
+    at: Slices
+    reads: Slices
+
+
+@functools.lru_cache(maxsize=1024)
+def _taps(geo: Geometry, spatial: tuple[int, ...]) -> tuple[Tap, ...]:
     axes = zip(
         spatial, geo.positions(spatial), geo.sample_stride, geo.kernel_size, geo.dilation, geo.padding, strict=True
     )
     reaches = [[_reach(n, m, i * d - p, s) for i in range(k)] for n, m, s, k, d, p in axes]
-    for number, per_axis in enumerate(itertools.product(*reaches)):
-        if all(at.stop > at.start for at, _ in per_axis):
-            yield number, (slice(None), *(at for at, _ in per_axis)), (slice(None), *(reads for _, reads in per_axis))
+    every = slice(None)
+    return tuple(
+        Tap(number, (every, *(at for at, _ in per_axis)), (every, *(reads for _, reads in per_axis)))
+        for number, per_axis in enumerate(itertools.product(*reaches))
+        if all(at.stop > at.start for at, _ in per_axis)
+    )
+
+
+def taps(pixels: Tensor, geo: Geometry) -> tuple[Tap, ...]:
+    """The kernel positions that meet the input somewhere; one that meets only padding is left out."""
+    return _taps(geo, tuple(pixels.shape[1:-1]))
 
 
 def count(pixels: Tensor, geo: Geometry) -> int:
@@ -67,7 +80,7 @@ def gather(part: Tensor, geo: Geometry) -> Tensor:
     part = part.contiguous()
     rows = part.new_zeros((part.shape[0], *positions, geo.taps, geo.channels), dtype=dtype)
     for tap, at, reads in taps(part, geo):
-        rows[..., tap, :][at] = part[reads]
+        rows[at][..., tap, :] = part[reads]
     return rows.view(-1, geo.taps, geo.channels)
 
 
@@ -79,6 +92,6 @@ def scatter_add_(part: Tensor, rows: Tensor, geo: Geometry) -> None:
     rows = rows.view(part.shape[0], *geo.positions(tuple(part.shape[1:-1])), geo.taps, geo.channels)
     target = part.contiguous()
     for tap, at, reads in taps(part, geo):
-        target[reads] += rows[..., tap, :][at]
+        target[reads].add_(rows[at][..., tap, :])
     if target is not part:
         part.copy_(target)

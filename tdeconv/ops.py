@@ -43,6 +43,13 @@ def _empty(like: Tensor, shape: tuple[int, ...], *layout_of: Tensor, dtype: torc
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(*layout_of))
 
 
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "tdeconv's fast backends have no second derivative; run the layer with backend='reference', or under "
+        "tdeconv.use_backend('reference'), to differentiate it twice"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ the whole layer
 
 
@@ -102,6 +109,9 @@ def deconvolve_backward(
     return dx, dw.contiguous(memory_format=memory_format(weight)), db
 
 
+deconvolve_backward.register_autograd(_no_second_derivative)
+
+
 @deconvolve_backward.register_fake
 def _(grad, x, weight, mean, deconv, folded, basis, spectrum, frozen, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]
     dx = _empty(x, x.shape, x) if need_x else x.new_empty(0)
@@ -153,6 +163,9 @@ def patch_moments_backward(
     return dx
 
 
+patch_moments_backward.register_autograd(_no_second_derivative)
+
+
 @patch_moments_backward.register_fake
 def _(x, mean, grad_mean, grad_cov, geometry, backend):  # type: ignore[no-untyped-def]
     return _empty(x, x.shape, x)
@@ -185,6 +198,9 @@ def _(cov, n_iter, backend):  # type: ignore[no-untyped-def]
 @_no_autocast
 def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int, backend: str) -> Tensor:
     return stages(backend).inverse_sqrt_backward(grad, basis, spectrum, n_iter)
+
+
+inverse_sqrt_backward.register_autograd(_no_second_derivative)
 
 
 @inverse_sqrt_backward.register_fake

@@ -49,7 +49,7 @@ def _out(x: Tensor, geo: Geometry) -> tuple[int, ...]:
 
 def _images(x: Tensor, weight: Tensor, geo: Geometry) -> Iterator[slice]:
     """A few images at a time, in and out within the cache."""
-    step = chunk_rows(max(x[0].numel(), weight.shape[0] * math.prod(_out(x, geo))))
+    step = chunk_rows(max(x[0].numel(), weight.shape[0] * math.prod(_out(x, geo))), x.device)
     for first in range(0, x.shape[0], step):
         yield slice(first, first + step)
 

@@ -15,7 +15,7 @@ from tdeconv.torch_backend.chunks import chunk_rows
 def _parts(weight: Tensor, geo: Geometry) -> Iterator[slice]:
     """Output channels worked on together: all of them where the vectors are views already."""
     out = weight.shape[0]
-    step = chunk_rows(weight[0].numel()) if geo.interleaved and geo.pooled > 1 else out
+    step = chunk_rows(weight[0].numel(), weight.device) if geo.interleaved and geo.pooled > 1 else out
     for first in range(0, out, step):
         yield slice(first, first + step)
 

@@ -66,9 +66,9 @@ def parts(pixels: Tensor, geo: Geometry) -> tuple[Tensor, ...]:
     """Views of ``pixels`` whose patches fit the cache; a pointwise kernel's pixels must be contiguous."""
     if geo.pointwise:
         pixels = pixels.view(-1, geo.channels)[:: geo.flat_stride]
-        return pixels.split(chunk_rows(geo.channels))
+        return pixels.split(chunk_rows(geo.channels, pixels.device))
     width = math.prod(geo.positions(tuple(pixels.shape[1:-1]))) * geo.taps * geo.channels
-    return pixels.split(chunk_rows(width))
+    return pixels.split(chunk_rows(width, pixels.device))
 
 
 def gather(part: Tensor, geo: Geometry) -> Tensor:

@@ -1,0 +1,88 @@
+"""Gradient checkpointing: the recomputation sees the statistics its forward saw, and leaves none of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def checkpoint_contexts(module: nn.Module) -> Callable[[], Contexts]:
+    """What to pass ``torch.utils.checkpoint.checkpoint`` as ``context_fn``, so that statistics are counted once.
+
+    ::
+
+        y = checkpoint(block, x, use_reentrant=False, context_fn=tdeconv.checkpoint_contexts(block))
+
+    Backward runs a checkpointed module's forward a second time. Without this, that updates the running statistics
+    again with the same batch, and a freezing layer counts the step twice, so that its recomputation may use other
+    statistics than its forward did. With it, the layers' buffers have the values of the forward's beginning while it is
+    recomputed, and get back what they had. The gradients are those without checkpointing.
+
+    Within ``torch.compile`` the call is the same; there a recomputation never writes, and torch's own policy is
+    returned. Batch norm's statistics are not covered.
+
+    Args:
+        module: what is checkpointed, or any module that holds all of its deconvolution layers. A compiled one will do.
+
+    Returns:
+        A function without arguments that returns two context managers, for the forward and for its recomputation.
+        Either keeps a copy of the buffers until backward.
+    """
+    if torch.compiler.is_compiling():
+        return functools.partial(create_selective_checkpoint_contexts, _recompute_all)
+    layers = [layer for layer in module.modules() if hasattr(layer, "running_deconv")]
+    return functools.partial(_contexts, [b for layer in layers for b in layer.buffers(recurse=False)])
+
+
+def _recompute_all(*_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts(buffers: list[Tensor]) -> Contexts:
+    forward = _Remember(buffers)
+    return forward, _Return(buffers, forward)
+
+
+def _copies(buffers: list[Tensor]) -> list[Tensor]:
+    return [b.detach().clone() for b in buffers]
+
+
+@torch.no_grad()
+def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
+
+
+class _Remember(AbstractContextManager[None]):
+    """The forward: keeps what the buffers were at its beginning."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self.buffers = buffers
+
+    def __enter__(self) -> None:
+        self.values = _copies(self.buffers)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Return(AbstractContextManager[None]):
+    """A recomputation, of which there may be several: back to the forward's beginning and forth again."""
+
+    def __init__(self, buffers: list[Tensor], forward: _Remember) -> None:
+        self.buffers, self.forward = buffers, forward
+
+    def __enter__(self) -> None:
+        self.present = _copies(self.buffers)
+        _fill(self.buffers, self.forward.values)
+
+    def __exit__(self, *_: object) -> None:
+        _fill(self.buffers, self.present)

@@ -26,8 +26,9 @@ def checkpoint_contexts(module: nn.Module) -> Callable[[], Contexts]:
     statistics than its forward did. With it, the layers' buffers have the values of the forward's beginning while it is
     recomputed, and get back what they had. The gradients are those without checkpointing.
 
-    Within ``torch.compile`` the call is the same; there a recomputation never writes, and torch's own policy is
-    returned. Batch norm's statistics are not covered.
+    Within ``torch.compile`` the call is the same. A recomputation never writes there, but it reads the buffers after
+    they were written: without this, a freezing layer's gradients can be wrong where a phase ends. Other modules'
+    buffers (batch norm's) are not covered.
 
     Args:
         module: what is checkpointed, or any module that holds all of its deconvolution layers. A compiled one will do.
@@ -37,12 +38,15 @@ def checkpoint_contexts(module: nn.Module) -> Callable[[], Contexts]:
         Either keeps a copy of the buffers until backward.
     """
     if torch.compiler.is_compiling():
-        return functools.partial(create_selective_checkpoint_contexts, _recompute_all)
+        return functools.partial(create_selective_checkpoint_contexts, _save_counters)
     layers = [layer for layer in module.modules() if hasattr(layer, "running_deconv")]
     return functools.partial(_contexts, [b for layer in layers for b in layer.buffers(recurse=False)])
 
 
-def _recompute_all(*_: Any, **__: Any) -> CheckpointPolicy:
+def _save_counters(_: Any, __: Any, *args: Any, **___: Any) -> CheckpointPolicy:
+    """Recompute everything but what follows from a step counter, which has gone on by the time of the backward."""
+    if any(isinstance(a, Tensor) and a.ndim == 0 and not a.is_floating_point() for a in args):
+        return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -110,14 +110,8 @@ class _FastDeconvNd(_ConvNd):
             self.reset_running_stats()
 
     def _frozen(self) -> Tensor | None:
-        """Count a training step of a freezing layer: whether it uses the running statistics. On the device, unread."""
-        if not self.freeze:
-            return None
-        steps = self.num_batches_tracked
-        frozen = steps % (10 * self.freeze_iter) >= self.freeze_iter
-        if self.track_running_stats:
-            steps.add_(1)
-        return frozen
+        """Whether this training step of a freezing layer uses the running statistics. On the device, unread."""
+        return self.num_batches_tracked % (10 * self.freeze_iter) >= self.freeze_iter if self.freeze else None
 
     def forward(self, x: Tensor) -> Tensor:
         checks.float_tensor("input", x)
@@ -134,7 +128,7 @@ class _FastDeconvNd(_ConvNd):
         deconv: Tensor | None = self.running_deconv
         if self.training and not self.track_running_stats:  # a freezing layer reads them still
             mean, deconv = (None, None) if frozen is None else (self.running_mean.clone(), self.running_deconv.clone())
-        return TF.fast_deconv(
+        y = TF.fast_deconv(
             x,
             self.weight,
             self.bias,
@@ -155,6 +149,9 @@ class _FastDeconvNd(_ConvNd):
             backend=self.backend,
             process_group=self.process_group,
         )
+        if frozen is not None and self.track_running_stats:  # a refused input is no step
+            self.num_batches_tracked.add_(1)
+        return y
 
     def geometry(self, x: Tensor) -> tuple[Tensor, Geometry]:
         """The input as it is convolved (padded, unless zeros do it) and the layer's sizes over it."""

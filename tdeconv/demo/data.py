@@ -105,8 +105,8 @@ def read_photograph(name: str) -> Tensor:
 def photographs(
     train: tuple[float, float] = (0.0, 0.5),
     test: tuple[float, float] = (0.5, 1.0),
-    train_size: int = 3840,
-    test_size: int = 2000,
+    train_size: int = 3200,
+    test_size: int = 1500,
     crop: int = 24,
 ) -> DataSet:
     """Which photograph is a random crop from? Train and test crops come from disjoint strips of each.

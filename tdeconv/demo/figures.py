@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,8 +51,8 @@ def _png(size: tuple[float, float], title: str, draw: Callable[[Any], None]) -> 
     return buffer.getvalue()
 
 
-def _picture(axes: Any, image: Tensor | np.ndarray, title: str = "", **options: Any) -> Any:
-    shown = axes.imshow(image, interpolation="nearest", **options)
+def _picture(axes: Any, image: Tensor, title: str = "", **options: Any) -> Any:
+    shown = axes.imshow(image.numpy(), interpolation="nearest", **options)
     axes.set(xticks=[], yticks=[], title=title)
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -68,21 +69,27 @@ def training(runs: Sequence[Run], dataset: str, arch: str) -> bytes:
         panels = figure.subplots(2, 2, sharey="row")
         for method in METHODS:
             _curves(panels, [run for run in runs if run.method == method], COLOURS[method], TITLES[method])
-        for column, label in enumerate(("epochs", "training time, seconds (evaluation excluded)")):
+        for column, label in enumerate(("epochs", "training time in seconds, evaluation excluded")):
             panels[0, column].set(yscale="log")
             panels[1, column].set(xlabel=label)
+        for axes in panels[:, 0]:
+            axes.set_xlim(left=0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes in panels[:, 1]:
+            axes.set_xlim(left=0)
         panels[0, 0].set(ylabel="training loss (cross-entropy)")
         panels[1, 0].set(ylabel="test accuracy, %")
         panels[0, 1].legend(loc="upper right")
-        panels[0, 0].set_title("thin: one seed each; thick: their mean", fontsize=9, color=FAINT)
+        if len(runs) > len(METHODS):
+            panels[0, 0].set_title("thick: mean of the seeds; thin: each seed", fontsize=9, color=FAINT)
 
-    return _png((10, 7), f"Training {arch} on {dataset}: the same data, seeds and schedule", draw)
+    return _png((10, 7), f"Network '{arch}' on {dataset}: the same data, seeds and schedule", draw)
 
 
 def _curves(panels: Any, runs: list[Run], colour: str, title: str) -> None:
     """One method's four curves: thin for each seed, thick for the mean over seeds."""
     steps = len(runs[0].step_loss)
-    window = max(1, steps // 40)
+    window = max(1, steps // 30)
     keep = steps // window * window
     loss, seconds = (
         np.array([getattr(run, name)[:keep] for run in runs]).reshape(len(runs), -1, window).mean(2)
@@ -112,6 +119,7 @@ def covariance(whitening: PatchWhitening, dataset: str) -> bytes:
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.15))
+        figure.get_layout_engine().set(wspace=0.06)
         images = (
             (whitening.cov, "Covariance of the patches"),
             (whitening.deconv, f"Deconvolution matrix ({whitening.n_iter} steps)"),
@@ -148,8 +156,10 @@ def _spectra(axes: Any, whitening: PatchWhitening) -> None:
     )
     for matrix, label, colour, line in curves:
         values = torch.linalg.eigvalsh(matrix).flip(0).clamp(min=1e-12)
-        axes.plot(range(1, len(values) + 1), values, line, color=colour, linewidth=2, label=label)
+        axes.plot(range(1, len(values) + 1), values.numpy(), line, color=colour, linewidth=2, label=label)
+    low, high = (float(value) for value in torch.linalg.eigvalsh(whitening.cov).clamp(min=1e-12)[[0, -1]].log10())
     axes.set(yscale="log", xlabel="eigenvalue, largest first", title="Eigenvalues of the covariance")
+    axes.set_ylim(10 ** min(-1.0, math.floor(low)), 10 ** max(1.0, math.ceil(high)))
     axes.legend(loc="lower left")
 
 
@@ -159,45 +169,38 @@ def _spectra(axes: Any, whitening: PatchWhitening) -> None:
 def kernels(deconvolution: PixelDeconvolution) -> bytes:
     """The deconvolution kernels of R, G and B, on- and off-centre (the paper's Fig. 2 and 9)."""
     filters = deconvolution.kernels
+    size = filters.shape[-1]
 
     def draw(figure: Any) -> None:
-        panels = figure.subplots(3, 4, width_ratios=(1, 1, 1.12, 1.7))
+        panels = figure.subplots(3, 4, width_ratios=(1, 1, 1.15, 1.7))
         for row, (name, colour) in enumerate(RGB.items()):
-            first = row == 0
-            compressed = _signed_root(filters[row] / filters[row].abs().max())
-            colours = (0.5 + 0.5 * compressed).permute(1, 2, 0)
-            _picture(panels[row, 0], colours, "on-centre, in colour*" if first else "")
-            _picture(panels[row, 1], 1 - colours, "off-centre (negated)*" if first else "")
-            shown = _picture(
-                panels[row, 2], compressed[row], "weights on its own channel*" if first else "",
-                cmap="RdBu_r", vmin=-1, vmax=1,
-            )  # fmt: skip
-            figure.colorbar(shown, ax=panels[row, 2], shrink=0.85, ticks=[-1, 0, 1])
+            reach = float(filters[row].abs().max()) / 5
+            colours = (0.5 + 0.5 * filters[row] / reach).clamp(0, 1).permute(1, 2, 0)
+            _picture(panels[row, 0], colours)
+            _picture(panels[row, 1], 1 - colours)
+            shown = _picture(panels[row, 2], filters[row, row], cmap="RdBu_r", vmin=-reach, vmax=reach)
+            figure.colorbar(shown, ax=panels[row, 2], shrink=0.85, extend="max")
             panels[row, 0].set_ylabel(name, rotation=0, fontsize=16, fontweight="bold", color=colour, labelpad=14)
             panels[row, 0].yaxis.label.set_verticalalignment("center")
-            _profile(panels[row, 3], filters[row], last=row == 2)
+            _profile(panels[row, 3], filters[row])
+        for column, title in enumerate(("on-centre*", "off-centre (negated)*", "weights on its own channel*", "")):
+            panels[0, column].set_title(title)
         panels[0, 3].set_title("weights along the row through the centre")
+        panels[2, 3].set_xlabel("pixels from the centre")
+        note = "* zero is grey (maps: white); colours saturate at a fifth of the centre's weight, to show the surround"
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=9, color=FAINT)
 
-    size = filters.shape[-1]
-    return _png(
-        (12.5, 8.6), f"{size}x{size} deconvolution kernels of R, G, B from photographs: centre and surround", draw
-    )
-
-
-def _signed_root(values: Tensor) -> Tensor:
-    """Square root of the size, sign kept: shows the weak surround beside the strong centre."""
-    return values.sign() * values.abs().sqrt()
+    title = f"{size}x{size} deconvolution kernels of R, G, B from photographs: centre and surround"
+    return _png((12.5, 8.6), title, draw)
 
 
-def _profile(axes: Any, kernel: Tensor, last: bool) -> None:
+def _profile(axes: Any, kernel: Tensor) -> None:
     size = kernel.shape[-1]
-    offsets = torch.arange(size) - size // 2
+    offsets = np.arange(size) - size // 2
     for weights, (name, colour) in zip(kernel, RGB.items(), strict=True):
-        axes.plot(offsets, weights[size // 2], color=colour, linewidth=2, marker=".", label=f"on {name}")
+        axes.plot(offsets, weights[size // 2].numpy(), color=colour, linewidth=2, marker=".", label=f"on {name}")
     axes.axhline(0, color=FAINT, linewidth=0.8)
     axes.legend(loc="upper right")
-    if last:
-        axes.set_xlabel("pixels from the centre")
 
 
 def photographs(pictures: Sequence[Tensor], deconvolution: PixelDeconvolution) -> bytes:
@@ -213,7 +216,9 @@ def photographs(pictures: Sequence[Tensor], deconvolution: PixelDeconvolution) -
             _picture(panels[0, column], before.permute(1, 2, 0), "before" if column == 0 else "")
             _picture(panels[1, column], shown.permute(1, 2, 0), "after deconvolution" if column == 0 else "")
 
-    return _png((4.2 * len(pictures), 7), "Photographs before and after deconvolution (15x15 patches of R, G, B)", draw)
+    size = deconvolution.kernels.shape[-1]
+    title = f"Photographs before and after deconvolution ({size}x{size} patches of R, G, B)"
+    return _png((4.2 * len(pictures), 6.3), title, draw)
 
 
 def densities(before: Density, after: Density) -> bytes:
@@ -221,17 +226,19 @@ def densities(before: Density, after: Density) -> bytes:
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
+        places = before.centres.numpy()
         for curve, name, colour in ((before, "before", BEFORE), (after, "after", AFTER)):
+            height = curve.height.numpy()
             label = f"{name}: excess kurtosis {curve.kurtosis:.1f}".replace("-", "\N{MINUS SIGN}")
-            left.fill_between(curve.centres, curve.height, step="mid", color=colour, alpha=0.35)
-            left.step(curve.centres, curve.height, where="mid", color=colour, linewidth=1.6, label=label)
-            seen = curve.height.where(curve.height > 0, torch.nan)
-            right.semilogy(curve.centres, seen, color=colour, linewidth=2, label=name)
-        normal = torch.exp(-(before.centres**2) / 2) / (2 * torch.pi) ** 0.5
-        right.semilogy(before.centres, normal, ":", color=INK, linewidth=1.3, label="normal distribution")
+            left.fill_between(places, height, step="mid", color=colour, alpha=0.35)
+            left.step(places, height, where="mid", color=colour, linewidth=1.6, label=label)
+            right.semilogy(places, np.where(height > 0, height, np.nan), color=colour, linewidth=2, label=name)
+        normal = np.exp(-(places**2) / 2) / np.sqrt(2 * np.pi)
+        right.semilogy(places, normal, ":", color=INK, linewidth=1.3, label="normal distribution")
         top = 1.25 * float(max(before.height.max(), after.height.max()))
         left.set(title="Histogram: most values become nearly zero", xlim=(-4, 4), ylim=(0, top), ylabel="density")
         right.set(title="Log density: and a few large", xlim=(-10, 10), ylim=(1e-6, 3), ylabel="density (log scale)")
+        right.set_xticks(range(-10, 11, 5))
         for axes in (left, right):
             axes.set_xlabel("value (colour channel of a pixel), in standard deviations")
             axes.legend(loc="upper right")

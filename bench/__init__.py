@@ -1,0 +1,1 @@
+"""Speed reports: pytest-benchmark suites, the cases and implementations they run over, and the tables they become."""

@@ -1,0 +1,123 @@
+"""How it is measured: rounds interleaved in one process, answers checked first, bytes counted exactly.
+
+On a small shared machine the speed drifts, and another process can halve it for half a minute. Times taken one after
+the other are then not comparable, and all the rounds of one layer can fall into such a time. So a round runs everything
+once, each layer in each implementation, in a new random order: all meet the same machine, a disturbance touches a few
+rounds of everything, and medians over the rounds are compared. pytest-benchmark times one test's function at a time and
+cannot do that: the rounds are therefore recorded first (:func:`interleaved`) and then handed to it, one test for each
+row, through a clock that shows the recorded durations (:func:`replay`). Its statistics, groups, JSON and comparisons
+are used as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Key = TypeVar("Key")
+Timer = Callable[[], float]
+TOLERANCE = 2e-5  # relative
+
+
+class Work(Protocol):
+    """Something to time."""
+
+    def run(self, timer: Timer) -> Mapping[str, float]:
+        """Do it once: seconds of each of its parts, by name."""
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def interleaved(
+    works: Mapping[Key, Work],
+    rounds: int,
+    *,
+    progress: Callable[[Sequence[Key]], Iterable[Key]] = iter,
+    timer: Timer = time.perf_counter,
+) -> dict[Key, dict[str, list[float]]]:
+    """Run every work once a round: seconds by work, part and round.
+
+    Nothing warms up here: the works have run before, when their answers were checked.
+    """
+    rng = random.Random(0)
+    schedule = [key for _ in range(rounds) for key in rng.sample(list(works), len(works))]
+    recorded: dict[Key, dict[str, list[float]]] = {key: {} for key in works}
+    with _no_gc():
+        for key in progress(schedule):
+            for part, seconds in works[key].run(timer).items():
+                recorded[key].setdefault(part, []).append(seconds)
+    return recorded
+
+
+class RecordedClock:
+    """A timer for pytest-benchmark that only :func:`replay` moves."""
+
+    __name__ = "recorded_perf_counter"  # the timer's name in the JSON
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+recorded_clock = RecordedClock()
+
+
+def replay(benchmark: Any, durations: Sequence[float]) -> None:
+    """Give recorded durations to a ``benchmark`` fixture whose timer is :data:`recorded_clock`."""
+    remaining = iter(durations)
+
+    def rewind() -> None:
+        recorded_clock.now = 0.0
+
+    def advance() -> None:
+        recorded_clock.now = next(remaining)
+
+    benchmark.pedantic(advance, setup=rewind, rounds=len(durations), iterations=1)
+
+
+def check(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
+    """The largest relative error (in the Euclidean norm) of any tensor.
+
+    Raises:
+        AssertionError: it is above ``tolerance``, or not a number: no time is recorded for a wrong answer.
+    """
+    pairs = [(g.detach().double(), e.detach()) for g, e in zip(got, expected, strict=True)]
+    errors = [float((g - e).norm() / e.norm()) for g, e in pairs]
+    assert all(error <= tolerance for error in errors), f"{name}: relative errors {errors}, allowed {tolerance}"
+    return max(errors)
+
+
+def forward_counted(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """A module's output, and the bytes that its forward keeps for backward.
+
+    Each storage counts once, the input too if it is kept; the module's own parameters and buffers do not.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)
+    return y, sum(storage.nbytes() for storage in kept.values())

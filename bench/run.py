@@ -1,0 +1,84 @@
+"""``python -m bench.run``: measure, save, print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import table
+from bench.cases import BATCH
+from bench.implementations import load_paper
+
+ROUNDS, QUICK_ROUNDS = 15, 3
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run", description="Time deconvolution layers on this machine."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, answers checked in float32")
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"rounds of every measurement (default {ROUNDS})")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="batch size (default %(default)s)")
+    parser.add_argument(
+        "--paper-code", type=Path, metavar="DIR", help="checkout of the paper's repository, to measure too"
+    )
+    parser.add_argument(
+        "--select", metavar="EXPR", help="only matching tests (pytest's -k): test_layer, 512-512-2x2, ..."
+    )
+    args = parser.parse_args(argv)
+    args.rounds = (QUICK_ROUNDS if args.quick else ROUNDS) if args.rounds is None else args.rounds
+    for name in ("rounds", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.paper_code is not None:
+        try:
+            load_paper(args.paper_code)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+    return args
+
+
+def _measure(args: argparse.Namespace, json_path: Path) -> int:
+    """Run the suites in a process of their own, which writes the JSON at its end."""
+    suites = Path(__file__).parent
+    # -o: nothing that the project's own tests are run with may reach a measurement
+    command = [sys.executable, "-m", "pytest", str(suites), "-o", "addopts=", "-o", "filterwarnings=ignore"]
+    command += ["-o", "console_output_style=classic", "-p", "no:cacheprovider"]
+    command += ["-x", "-s", "-q", "--no-header", "--benchmark-quiet"]
+    command += [f"--benchmark-json={json_path.resolve()}", f"--rounds={args.rounds}", f"--batch={args.batch}"]
+    if args.quick:
+        command.append("--oracle=float32")
+    if args.paper_code is not None:
+        command.append(f"--paper-code={args.paper_code.resolve()}")
+    if args.select:
+        command += ["-k", args.select]
+    return subprocess.run(command, cwd=suites.parent, check=False).returncode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure into ``--out``: ``vgg11.json`` and ``vgg11.md``. Earlier results stay until the new ones are complete."""
+    args = _arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    partial, final = args.out / "vgg11.partial.json", args.out / "vgg11.json"
+    partial.unlink(missing_ok=True)
+    try:
+        if code := _measure(args, partial):
+            return code
+        report = table.markdown(table.load(partial))
+        os.replace(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+    final.with_suffix(".md").write_text(report, encoding="utf-8")
+    print(f"\n{report}\nsaved: {final}, {final.with_suffix('.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

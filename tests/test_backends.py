@@ -1,0 +1,169 @@
+"""Which backend runs: who asks, in which order, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import tdeconv
+from helpers import randn
+from tdeconv import BackendUnavailable, FastDeconv, backends, use_backend
+from tdeconv.backends import choose, why_no_triton
+
+CPU = torch.device("cpu")
+needs_no_triton = pytest.mark.skipif(why_no_triton(CPU) is None, reason="the kernels run here")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("TDECONV_BACKEND", raising=False)
+
+
+@needs_no_triton
+def test_automatic_is_torch_without_triton():
+    choice = choose(None, CPU)
+    assert choice.backend == "torch"
+    assert "automatic" in choice.reason
+    assert str(why_no_triton(CPU)) in choice.reason
+
+
+def test_automatic_is_triton_where_it_runs(monkeypatch):
+    monkeypatch.setattr(backends, "why_no_triton", lambda device: None)
+    assert choose(None, CPU).backend == "triton"
+    assert choose("auto", CPU).backend == "triton"
+    assert choose("torch", CPU).backend == "torch"
+
+
+def test_order_of_the_askers(monkeypatch):
+    monkeypatch.setenv("TDECONV_BACKEND", "reference")
+    assert choose(None, CPU) == ("reference", "asked for by TDECONV_BACKEND")
+    with use_backend("torch"):
+        assert choose(None, CPU) == ("torch", "asked for by tdeconv.use_backend")
+        assert choose("reference", CPU) == ("reference", "asked for by the backend argument")
+        assert "automatic" in choose("auto", CPU).reason
+    assert choose(None, CPU).backend == "reference"
+
+
+def test_an_empty_environment_variable_asks_for_nothing(monkeypatch):
+    monkeypatch.setenv("TDECONV_BACKEND", "")
+    assert "automatic" in choose(None, CPU).reason
+
+
+def test_contexts_nest_and_end():
+    with use_backend("reference"):
+        with use_backend("torch"):
+            assert choose(None, CPU).backend == "torch"
+        assert choose(None, CPU).backend == "reference"
+        with pytest.raises(RuntimeError, match="within"), use_backend("torch"):
+            raise RuntimeError("within")
+        assert choose(None, CPU).backend == "reference"
+    assert "automatic" in choose(None, CPU).reason
+
+
+def test_a_context_holds_in_every_thread():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(choose(None, CPU).backend))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@needs_no_triton
+def test_a_backend_asked_for_by_name_that_cannot_run(monkeypatch):
+    x, layer = randn(2, 2, 5, 5).float(), FastDeconv(2, 2, 3, backend="triton")
+    for asker, call in {
+        "the backend argument": lambda: layer(x),
+        "tdeconv.use_backend": lambda: use_in_context(lambda: tdeconv.patch_moments(x, 3)),
+    }.items():
+        with pytest.raises(BackendUnavailable, match=f"'triton' was asked for by {asker} but cannot run: "):
+            call()
+    monkeypatch.setenv("TDECONV_BACKEND", "triton")
+    with pytest.raises(BackendUnavailable, match="asked for by TDECONV_BACKEND"):
+        tdeconv.inverse_sqrt(torch.eye(3))
+    assert torch.equal(layer.running_mean, torch.zeros(18))
+
+
+def use_in_context(call):
+    with use_backend("triton"):
+        return call()
+
+
+def test_unknown_names(monkeypatch):
+    message = "must be one of 'auto', 'triton', 'torch', 'reference', got 'numpy'"
+    with pytest.raises(ValueError, match=message), use_backend("numpy"):
+        pass
+    with pytest.raises(ValueError, match=message):
+        FastDeconv(2, 2, 3, backend="numpy")
+    with pytest.raises(ValueError, match=message):
+        tdeconv.inverse_sqrt(torch.eye(2), backend="numpy")
+    monkeypatch.setenv("TDECONV_BACKEND", "numpy")
+    with pytest.raises(ValueError, match="environment variable TDECONV_BACKEND " + message):
+        tdeconv.inverse_sqrt(torch.eye(2))
+
+
+@pytest.mark.parametrize("asker", ["argument", "layer", "context", "environment"])
+def test_what_is_asked_for_runs(asker, monkeypatch):
+    """The reference has second derivatives, the fast backends have none: whose graph is it?"""
+
+    def twice_differentiable(**backend):
+        cov = torch.eye(3, dtype=torch.float64).requires_grad_()
+        (grad,) = torch.autograd.grad(tdeconv.inverse_sqrt(cov, **backend).square().sum(), cov, create_graph=True)
+        try:
+            torch.autograd.grad(grad.square().sum(), cov)
+        except RuntimeError:
+            return False
+        return True
+
+    assert not twice_differentiable(backend="torch")
+    if asker == "argument":
+        assert twice_differentiable(backend="reference")
+    elif asker == "context":
+        with use_backend("reference"):
+            assert twice_differentiable()
+    elif asker == "environment":
+        monkeypatch.setenv("TDECONV_BACKEND", "reference")
+        assert twice_differentiable()
+    else:
+        layer = FastDeconv(1, 1, 2, backend="reference", sampling_stride=1).double()
+        x = randn(1, 1, 4, 4).requires_grad_()
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------------------- explain
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (tdeconv.FastDeconv(3, 4, 3), (2, 3, 8, 8)),
+        (tdeconv.FastDeconv(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 8, 8)),
+        (tdeconv.FastDeconv(4, 4, 3, groups=4), (2, 4, 8, 8)),
+        (tdeconv.FastDeconv1d(3, 4, 3), (2, 3, 8)),
+        (tdeconv.FastDeconv3d(3, 4, 2), (2, 3, 5, 5, 5)),
+        (tdeconv.Delinear(8, 4), (5, 8)),
+        (tdeconv.ChannelDeconv(2), (2, 4, 6, 6)),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, torch.nn.Module) else "",
+)
+def test_explain_names_the_layer_the_backend_and_the_reason(layer, shape, backend):
+    with use_backend(backend):
+        text = tdeconv.explain(layer, torch.zeros(shape))
+    assert type(layer).__name__ in text
+    assert backend in text
+    assert "asked for by tdeconv.use_backend" in text
+
+
+def test_explain_of_automatic_says_why():
+    text = tdeconv.explain(FastDeconv(3, 4, 3), torch.zeros(2, 3, 8, 8))
+    assert choose(None, CPU).backend in text
+    assert "automatic" in text
+
+
+def test_explain_of_another_layer():
+    with pytest.raises(TypeError, match="layer must be one of tdeconv's deconvolution layers, got Conv2d"):
+        tdeconv.explain(torch.nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8))

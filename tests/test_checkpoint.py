@@ -1,0 +1,159 @@
+"""Gradient checkpointing: gradients, statistics and step counters as without it, eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from helpers import assert_close, randn
+from tdeconv import ChannelDeconv, Delinear, FastDeconv
+from tdeconv.checkpoint import checkpoint_contexts
+
+BACKENDS = ("torch", "reference")
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _block(backend: str = "torch", freeze: bool = True) -> nn.Sequential:
+    """Its first layer takes statistics in two of every twenty steps: a few steps cross the end of that phase."""
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"backend": backend, "dtype": torch.float64}
+    return nn.Sequential(
+        FastDeconv(3, 6, 3, padding=1, freeze=freeze, freeze_iter=2, **kind),
+        nn.ReLU(),
+        ChannelDeconv(4, **kind),
+        FastDeconv(6, 8, 3, groups=2, **kind),
+        nn.Flatten(),
+        Delinear(128, 4, block=16, **kind),
+        nn.Tanh(),  # something to recompute behind the last layer: or a recomputation ends before it
+    )
+
+
+def _plain(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+def _counted_once(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_contexts(block))
+
+
+def _bare(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def _train(block: nn.Module, forward: Forward, forwards_per_backward: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Four backward passes: the gradients summed over them, input's first; the buffers at the end."""
+    xs = [randn(5, 3, 6, 6, seed=i).requires_grad_() for i in range(4 * forwards_per_backward)]
+    for i in range(0, len(xs), forwards_per_backward):
+        outputs = [forward(block, x) for x in xs[i : i + forwards_per_backward]]
+        torch.stack([(y * randn(5, 4, seed=9)).sum() for y in outputs]).sum().backward()
+    grads = [torch.stack([x.grad for x in xs]), *(p.grad for p in block.parameters())]
+    return grads, [b.clone() for b in block.buffers()]
+
+
+def _assert_equal(actual: tuple[list[Tensor], list[Tensor]], expected: tuple[list[Tensor], list[Tensor]]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_as_without_checkpointing(backend: str, forwards: int) -> None:
+    plain = _train(_block(backend), _plain, forwards)
+    _assert_equal(_train(_block(backend), _counted_once, forwards), plain)
+
+
+def test_without_the_contexts_statistics_are_counted_twice() -> None:
+    """Why they exist: the frozen layer's counter is at eight after four steps, and the means have moved further."""
+    _, once = _train(_block(), _plain)
+    _, twice = _train(_block(), _bare)
+    names = [name for name, _ in _block().named_buffers()]
+    counter = names.index("0.num_batches_tracked")
+    assert (int(once[counter]), int(twice[counter])) == (4, 8)
+    for i in [j for j, name in enumerate(names) if name.endswith("running_deconv")]:
+        assert not torch.allclose(once[i], twice[i], rtol=1e-3)
+
+
+def test_evaluation_and_no_grad_change_nothing() -> None:
+    block = _block()
+    _train(block, _plain)
+    block.eval()
+    before = copy.deepcopy(block.state_dict())
+    x = randn(2, 3, 6, 6).requires_grad_()
+    expected = torch.autograd.grad(block(x).sum(), x)[0]
+    assert_close(torch.autograd.grad(_counted_once(block, x).sum(), x)[0], expected, 1e-12)
+    with torch.no_grad():
+        assert torch.equal(_counted_once(block, x), block(x))
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_two_backwards_through_one_forward() -> None:
+    """With retain_graph every backward recomputes, and each time the statistics are left alone."""
+    plain, block = _block(), _block()
+    x = randn(3, 3, 6, 6)
+    for module, forward in ((plain, _plain), (block, _counted_once)):
+        loss = forward(module, x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_close([p.grad for p in block.parameters()], [p.grad for p in plain.parameters()], 1e-12)
+    assert_close(list(block.buffers()), list(plain.buffers()), 1e-12)
+
+
+def test_nested() -> None:
+    def nested(block: nn.Sequential, x: Tensor) -> Tensor:
+        def outer(x: Tensor) -> Tensor:
+            return block[3:](_counted_once(block[:3], x))
+
+        return checkpoint(outer, x, use_reentrant=False, context_fn=checkpoint_contexts(block))
+
+    _assert_equal(_train(_block(), nested), _train(_block(), _plain))
+
+
+def test_an_error_in_a_recomputation_leaves_the_buffers() -> None:
+    """The hook fails only the second time, in the recomputation."""
+    block, calls = _block(), []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("in the recomputation")
+
+    block[4].register_forward_hook(fail)
+    loss = _counted_once(block, randn(3, 3, 6, 6)).sum()
+    before = [b.clone() for b in block.buffers()]
+    with pytest.raises(RuntimeError, match="in the recomputation"):
+        loss.backward()
+    assert all(torch.equal(b, a) for b, a in zip(block.buffers(), before, strict=True))
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_compiled_block_checkpointed(forwards: int) -> None:
+    plain = _train(_block(), _plain, forwards)
+    compiled = torch.compile(_block(), fullgraph=True, backend="aot_eager")
+    _assert_equal(_train(compiled, _counted_once, forwards), plain)
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_checkpoint_within_compile(forwards: int) -> None:
+    """The same call inside a compiled function, across the end of a frozen phase."""
+    plain = _train(_block(), _plain, forwards)
+    compiled = torch.compile(_counted_once, fullgraph=True, backend="aot_eager")
+    _assert_equal(_train(_block(), compiled, forwards), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [False, True])
+def test_inductor(inside: bool) -> None:
+    plain = _train(_block(), _plain)
+    block = _block()
+    if inside:
+        result = _train(block, torch.compile(_counted_once, fullgraph=True))
+    else:
+        result = _train(torch.compile(block, fullgraph=True), _counted_once)
+    for ours, theirs in zip(result, plain, strict=True):
+        assert_close(ours, theirs, 1e-9)

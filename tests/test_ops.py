@@ -1,0 +1,208 @@
+"""The operators: torch.library.opcheck of each, shapes and layouts as promised to the compiler, gradients that reach what asks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from cases import CASES, Case
+from helpers import FAST, assert_close, randn
+from tdeconv import ops
+
+OPERATORS = {
+    name: getattr(torch.ops.tdeconv, name).default
+    for name in (
+        "deconvolve",
+        "deconvolve_backward",
+        "patch_moments",
+        "patch_moments_backward",
+        "inverse_sqrt",
+        "inverse_sqrt_backward",
+    )
+}
+# one of each kind; those of 32 pixels and more keep opcheck's symbolic shapes honest
+CHECKED = [
+    "plain",
+    "channels_last",
+    "channels_last_depthwise",
+    "sliced",
+    "groups_two",
+    "block_by_gcd",
+    "contiguous_grouping",
+    "bias_off",
+    "pointwise_block",
+    "wide_pointwise",
+    "conv1d",
+    "conv3d_depthwise_channels_last",
+    "linear",
+]
+CASE = pytest.mark.parametrize("case", [c for c in CASES if c.name in CHECKED], ids=lambda c: c.name)
+
+
+@pytest.fixture(params=FAST)
+def backend(request):
+    return request.param
+
+
+def layer_args(case: Case, backend: str, dtype: torch.dtype, n_iter: int = 5, frozen: bool | None = None):
+    x, weight, bias = (None if t is None else t.to(dtype).requires_grad_() for t in case.tensors(torch.float64))
+    geo = case.geo
+    still = (None, None, None)
+    if frozen is not None:
+        root = torch.eye(geo.features, dtype=dtype).expand(geo.groups, -1, -1)
+        still = (torch.zeros(geo.groups * geo.features, dtype=dtype), root.contiguous(), torch.tensor(frozen))
+    return x, weight, bias, *still, geo.pack(), 1e-5, n_iter, backend
+
+
+def backward_args(case: Case, backend: str, dtype: torch.dtype, need_x: bool, n_iter: int = 5):
+    x, weight, bias, *_, frozen, geometry, eps, n_iter, _ = layer_args(case, backend, dtype, n_iter)
+    with torch.no_grad():
+        y, *saved = ops.deconvolve(x, weight, bias, None, None, None, geometry, eps, n_iter, backend)
+    grad = randn(*y.shape, dtype=dtype)
+    return grad, x.detach(), weight.detach(), *saved, frozen, geometry, n_iter, backend, need_x
+
+
+def covariance(d: int, batch: int = 1) -> torch.Tensor:
+    root = randn(batch, d, d)
+    return root @ root.mT / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+def moments_backward_args(case: Case, backend: str):
+    x, geo = case.tensors(torch.float64)[0], case.geo
+    mean, cov = ops.patch_moments(x, geo.pack(), backend)
+    return x, mean, randn(*mean.shape), randn(*cov.shape, seed=1), geo.pack(), backend
+
+
+def test_all_operators_are_here():
+    names = {name.removesuffix(".default") for name in torch._C._dispatch_get_all_op_names() if name.startswith("tdeconv::")}
+    assert names == {f"tdeconv::{name}" for name in OPERATORS}
+
+
+# ------------------------------------------------------------------------------------------------------------- opcheck
+
+
+@CASE
+def test_opcheck_deconvolve(case, backend):
+    torch.library.opcheck(OPERATORS["deconvolve"], layer_args(case, backend, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_iter", [1, 5, 9])
+def test_opcheck_deconvolve_of_other_dtypes_and_steps(dtype, n_iter, backend):
+    case = next(c for c in CASES if c.name == "block_by_gcd")
+    args = layer_args(case, backend, dtype, n_iter)
+    torch.library.opcheck(OPERATORS["deconvolve"], args, test_utils=("test_schema", "test_faketensor"))
+
+
+@CASE
+@pytest.mark.parametrize("need_x", [True, False])
+def test_opcheck_deconvolve_backward(case, need_x, backend):
+    torch.library.opcheck(OPERATORS["deconvolve_backward"], backward_args(case, backend, torch.float64, need_x))
+
+
+@CASE
+def test_opcheck_patch_moments(case, backend):
+    x = case.tensors(torch.float64)[0].requires_grad_()
+    torch.library.opcheck(OPERATORS["patch_moments"], (x, case.geo.pack(), backend))
+    torch.library.opcheck(OPERATORS["patch_moments_backward"], moments_backward_args(case, backend))
+
+
+@pytest.mark.parametrize(("d", "batch"), [(3, 1), (9, 4), (30, 1), (30, 2)])
+@pytest.mark.parametrize("n_iter", [2, 5, 9])
+def test_opcheck_inverse_sqrt(d, batch, n_iter, backend):
+    cov = covariance(d, batch)
+    torch.library.opcheck(OPERATORS["inverse_sqrt"], (cov.requires_grad_(), n_iter, backend))
+    _, basis, spectrum = ops.inverse_sqrt(cov.detach(), n_iter, backend)
+    torch.library.opcheck(OPERATORS["inverse_sqrt_backward"], (randn(*cov.shape), basis, spectrum, n_iter, backend))
+
+
+# -------------------------------------------------------------------------------------- what the compiler is promised
+
+
+def same_kind(real, fake):
+    for r, f in zip(real, fake, strict=True):
+        assert (tuple(r.shape), r.dtype) == (tuple(f.shape), f.dtype)
+        strides = zip(r.shape, r.stride(), f.stride(), strict=True)
+        assert r.numel() == 0 or all(a == b for n, a, b in strides if n > 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_iter", [2, 9])
+def test_fake_tensors_have_the_real_ones_shapes_dtypes_and_strides(case, dtype, n_iter, backend):
+    """Of every case, in both dtypes: the layouts too, which a compiled graph relies on."""
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in layer_args(case, backend, dtype, n_iter)]
+    real = ops.deconvolve(*args)
+    grad = randn(*real[0].shape, dtype=dtype)
+    x = (args[0], case.geo.pack(), backend)
+    moments = ops.patch_moments(*x)
+    calls = {
+        ops.deconvolve: args,
+        ops.deconvolve_backward: (grad, *args[:2], *real[1:], None, case.geo.pack(), n_iter, backend, True),
+        ops.patch_moments: x,
+        ops.patch_moments_backward: (args[0], moments[0], *moments, case.geo.pack(), backend),
+    }
+    for operator, arguments in calls.items():
+        real = operator(*arguments)
+        with FakeTensorMode() as mode:
+            fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        same_kind(*([r] if isinstance(r, torch.Tensor) else r for r in (real, fake)))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", ["plain", "groups_two", "block_by_gcd"])
+def test_a_flag_freezes_the_statistics(name, frozen, backend):
+    case = next(c for c in CASES if c.name == name)
+    args = layer_args(case, backend, torch.float64, frozen=frozen)
+    y, mean, deconv, *_ = ops.deconvolve(*args)
+    assert torch.equal(deconv, torch.eye(case.geo.features).double().expand_as(deconv)) == frozen
+    assert torch.equal(mean, torch.zeros_like(mean)) == frozen
+    grad = randn(*y.shape)
+    grads = torch.autograd.grad(y, args[:3], grad)
+    if frozen:
+        plain = torch.nn.functional.conv2d(*args[:3], case.stride, case.padding, case.dilation, case.groups)
+        assert_close((y, *grads), (plain, *torch.autograd.grad(plain, args[:3], grad)), 1e-13)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_layouts_are_the_inputs(layout, kernel, backend):
+    case = Case("", (3, 6, 8, 7), kernel=kernel, padding=kernel // 2, block=3, layout=layout)
+    x, weight, bias, *rest = layer_args(case, backend, torch.float64)
+    y, *_ = ops.deconvolve(x, weight, bias, *rest)
+    y.sum().backward()
+    fmt = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert y.is_contiguous(memory_format=fmt)
+    assert x.grad.is_contiguous(memory_format=fmt)
+    assert weight.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("asks", ["x", "weight", "bias", "none"])
+def test_gradients_reach_what_asks_for_them(asks, backend):
+    case = next(c for c in CASES if c.name == "plain")
+    args = layer_args(case, backend, torch.float64)
+    named = dict(zip(("x", "weight", "bias"), args[:3], strict=True))
+    for name, tensor in named.items():
+        tensor.requires_grad_(name == asks)
+    y, *statistics = ops.deconvolve(*args)
+    assert y.requires_grad == (asks != "none")
+    assert not any(s.requires_grad for s in statistics)
+    if y.requires_grad:
+        y.sum().backward()
+    assert all((t.grad is not None) == (name == asks) for name, t in named.items())
+
+
+def test_inputs_are_not_written_to(backend):
+    case = next(c for c in CASES if c.name == "block_by_gcd")
+    args = layer_args(case, backend, torch.float64)
+    given = [t for t in args if isinstance(t, torch.Tensor)]
+    kept = [t.detach().clone() for t in given]
+    y, *saved = ops.deconvolve(*args)
+    saved_kept = [t.clone() for t in saved]
+    y.square().sum().backward()
+    for now, then in zip((*given, *saved), (*kept, *saved_kept), strict=True):
+        assert torch.equal(now.detach(), then) or bool(then.isnan().all())

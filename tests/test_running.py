@@ -1,0 +1,111 @@
+"""Running statistics: moved in place by momentum, never by a value that is not finite, warned of once."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from helpers import assert_close, randn
+from tdeconv import running
+from tdeconv.running import update_
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.fixture(autouse=True)
+def unwarned():
+    running._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.75, 1.0])
+def test_moves_by_momentum_in_place(momentum):
+    r = randn(3), randn(2, 2, seed=1)
+    n = randn(3, seed=2), randn(2, 2, seed=3)
+    kept = [t.clone() for t in r]
+    pointers = [t.data_ptr() for t in r]
+    assert bool(update_(r, n, momentum))
+    assert [t.data_ptr() for t in r] == pointers
+    assert_close(r, [(1 - momentum) * a + momentum * b for a, b in zip(kept, n, strict=True)], 1e-15)
+
+
+def test_momentum_one_is_the_new_value_exactly():
+    r, n = randn(50), randn(50, seed=1)
+    update_((r,), (n,), 1.0)
+    assert torch.equal(r, n)
+
+
+def test_the_new_value_may_have_another_shape():
+    r = torch.zeros(2, 3)
+    update_((r,), (torch.ones(1, 6),), 1.0)
+    assert torch.equal(r, torch.ones(2, 3))
+
+
+def test_half_precision_buffers_are_updated_in_the_values_dtype():
+    r = torch.full((1,), 1.0, dtype=torch.bfloat16)
+    update_((r,), (torch.full((1,), 1.08),), 0.1)  # 1.008 rounds up to the next bfloat16; 0.1 * 0.08 alone would vanish
+    assert r.dtype == torch.bfloat16
+    assert r.item() == torch.tensor(1.008).bfloat16().item()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_value_replaces(first):
+    r, n = torch.zeros(3), torch.ones(3)
+    update_((r,), (n,), 0.25, torch.tensor(first))
+    assert torch.equal(r, torch.full((3,), 1.0 if first else 0.25))
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("which", [0, 1])
+def test_nothing_moves_if_anything_is_not_finite(bad, which):
+    r, n = [randn(3), randn(2, 2)], [randn(3, seed=1), randn(2, 2, seed=1)]
+    kept = [t.clone() for t in r]
+    n[which].view(-1)[1] = bad
+    with pytest.warns(RuntimeWarning, match="met NaN or Inf in its statistics"):
+        assert not bool(update_(r, n, 0.1))
+    for now, then in zip(r, kept, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_overflow_of_the_buffers_dtype_is_not_finite():
+    r = torch.ones(2, dtype=torch.float16)
+    with pytest.warns(RuntimeWarning, match="overflow of the buffers' dtype"):
+        assert not bool(update_((r,), (torch.full((2,), 1e8),), 0.1))
+    assert torch.equal(r, torch.ones(2, dtype=torch.float16))
+
+
+def test_momentum_zero_still_notices():
+    r = torch.ones(2)
+    with pytest.warns(RuntimeWarning, match="NaN or Inf"):
+        update_((r,), (torch.full((2,), float("nan")),), 0.0)
+    assert torch.equal(r, torch.ones(2))
+
+
+def test_warns_once_and_then_never():
+    r, n = torch.ones(2), torch.full((2,), float("nan"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            update_((r,), (n,), 0.1)
+    assert [w.category for w in caught] == [RuntimeWarning]
+
+
+def test_finite_values_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update_((torch.ones(2),), (torch.zeros(2),), 0.1)
+
+
+def test_no_gradient_flows_into_the_buffers():
+    r, n = torch.zeros(2), torch.ones(2, requires_grad=True)
+    update_((r,), (n * 2,), 0.5)
+    assert not r.requires_grad
+    assert torch.equal(r, torch.ones(2))
+
+
+def test_no_host_synchronisation_off_the_cpu():
+    """On a device whose values cannot be read, the update still runs: nothing waits for one."""
+    r, n = torch.ones(2, device="meta"), torch.ones(2, device="meta")
+    finite = update_((r,), (n,), 0.1)
+    assert finite.device.type == "meta"

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -150,7 +150,7 @@ def convert_deconv(
         for module, name in plan.layers.items():
             action, became, why = "left", "-", plan.why_left(module)
             if not why and _is_norm(module):
-                new[module] = _without_norm(module)
+                new[module] = _without_norm(module, plan.links[module])
                 action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
             elif not why:
                 new[module] = _deconv(module, module in plan.first, module in plan.pooled, options)
@@ -396,10 +396,26 @@ def _describe(module: Any) -> str:
 # ------------------------------------------------------------------------------------------------ what comes instead
 
 
-def _without_norm(norm: Any) -> nn.Module:
-    """What is left of a batch norm: nothing, or the dropout and activation of one of timm's."""
+class Clone(nn.Identity):
+    """Stands for a removed batch norm whose output is changed in place while its input is needed unchanged."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.clone()
+
+
+def _without_norm(norm: Any, link: Links) -> nn.Module:
+    """What is left of a batch norm: nothing, or the dropout and activation of one of timm's.
+
+    A batch norm's output was memory of its own, that the code after it may have changed in place.
+    """
     parts = [m for m in norm.children() if type(m) is not nn.Identity]
-    rest = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
+    for part in parts:
+        if link.input_read and getattr(part, "inplace", False):
+            part.inplace = False
+    if parts:
+        rest = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    else:
+        rest = Clone() if link.input_read and link.overwritten else nn.Identity()
     rest.training = norm.training
     return rest
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules import activation, dropout, padding, pooling
+from torch.nn.modules.conv import _ConvNd
 
 INPUT, OUTPUT, UNKNOWN = "the model's input", "the model's output", "unknown"
 
@@ -37,6 +38,16 @@ _GLOBAL_POOLING = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
+# Of these, what may return the memory it was given.
+_ALIASING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, dropout._DropoutNd)
+_ALIASING = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout flatten unflatten reshape reshape_as view "
+    "view_as contiguous to float half bfloat16 double type_as permute transpose movedim squeeze unsqueeze chunk split "
+    "tensor_split narrow select getitem".split()
+)
+# What returns new memory that its own gradient does not read.
+_FRESH = frozenset("add sub cat concat concatenate".split())
+_AUGMENTED = frozenset("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split())
 _SHAPE = frozenset("size dim ndimension numel getattr".split())
 
 
@@ -49,6 +60,8 @@ class Links:
     guessed: set[End] = field(default_factory=set)  # neighbours in the order of registration, where no trace tells
     calls: int = 0
     pooled: bool = False  # its input has come through a pooling over all pixels
+    input_read: bool = True  # others read its input too, or may: the caller, or a gradient
+    overwritten: bool = True  # its output is overwritten by an operation in place, or may be
     weight_read: bool = False  # its parameters are used by other code than its own forward
 
 
@@ -150,6 +163,8 @@ class _Graph:
                 link.sources += sources
                 link.sinks += self._walk(_readers(node), _readers)[0]
                 link.pooled |= any(map(self._pools, on_the_way))
+                link.input_read = link.calls > 1 or not all(map(self._yields_new, _data_inputs(node)))
+                link.overwritten = self._overwritten(node)
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))
@@ -179,6 +194,36 @@ class _Graph:
         if node.op == "call_module":
             return isinstance(self._module(node), _GLOBAL_POOLING)
         return _name(node) == "mean" or _name(node).startswith("adaptive_")
+
+    def _yields_new(self, node: fx.Node) -> bool:
+        """Whether its output is memory that one operation alone reads."""
+        if node.op == "call_module":
+            module = self._module(node)
+            fresh = isinstance(module, (_ConvNd, nn.Linear)) and self.is_leaf(module)
+        else:
+            fresh = node.op in ("call_function", "call_method") and _name(node) in _FRESH
+        return fresh and len(node.users) == 1
+
+    def _overwritten(self, node: fx.Node) -> bool:
+        readers = _readers(node)
+        return any(self._writes(r) or (self._aliases(r) and self._overwritten(r)) for r in readers)
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether this reader changes its input in place, or may."""
+        if node.op == "output":
+            return not self.whole
+        if node.op == "call_module":
+            module = self._module(node)
+            return module in self.opaque or bool(getattr(module, "inplace", False))
+        target: Any = node.target
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        in_place = name.endswith("_") or name in _AUGMENTED
+        return in_place or any(value is True for value in (*node.args, node.kwargs.get("inplace")))
+
+    def _aliases(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self._module(node), _ALIASING_MODULES)
+        return node.op in ("call_function", "call_method") and _name(node) in _ALIASING
 
     def _end(self, node: fx.Node) -> End:
         if node.op == "call_module":

@@ -149,7 +149,9 @@ CASES = [
     Case("wide_channels", (2, 130, 6, 5), out=129, padding=1, block=13, sampling_stride=1),
     Case("wide_channels_strided_dilated", (2, 128, 9, 8), out=128, padding=2, stride=2, dilation=2, block=4),
     Case("wide_few_pixels", (9, 128, 2, 2), out=130, padding=1, block=2, sampling_stride=1),
-    Case("wide_few_pixels_strided", (9, 129, 1, 3), out=128, kernel=(1, 2), padding=1, stride=2, block=3, layout="sliced"),
+    Case(
+        "wide_few_pixels_strided", (9, 129, 1, 3), out=128, kernel=(1, 2), padding=1, stride=2, block=3, layout="sliced"
+    ),
     Case("wide_pointwise", (3, 128, 5, 4), out=128, kernel=1, block=16, sampling_stride=1),
     Case("wide_channels_last", (2, 128, 5, 6), out=128, padding=1, block=4, layout="channels_last"),
     Case("sixty_four_channels", (2, 64, 6, 5), out=65, padding=1, block=4, sampling_stride=1),
@@ -200,7 +202,7 @@ SPECTRA = [
     Spectrum("eps_only", (1e-5,) * 27),
     Spectrum("two_values_repeated", (2.0,) * 13 + (0.05,) * 14),
     Spectrum("nearly_equal", tuple(1 + 1e-9 * i for i in range(30))),
-    Spectrum("nearly_equal_tiny", tuple(1e-5 * (1 + 1e-7 * i) for i in range(25)) + (1.0, 2.0)),
+    Spectrum("nearly_equal_tiny", (*(1e-5 * (1 + 1e-7 * i) for i in range(25)), 1.0, 2.0)),
     Spectrum("equal_but_for_one", (1.0,) * 26 + (1 + 1e-6,)),
     Spectrum("pairs", tuple(v for i in range(15) for v in (0.5**i + 1e-5, 0.5**i + 1e-5 + 1e-12))),
     Spectrum("condition_1e1", _power(27, 1e1)),
@@ -209,7 +211,7 @@ SPECTRA = [
     Spectrum("condition_1e6", _power(27, 1e6)),
     Spectrum("condition_1e6_wide", _power(100, 1e6)),
     Spectrum("condition_1e6_depthwise", _power(9, 1e6), (7,)),
-    Spectrum("rank_one", (5.0,) + (1e-5,) * 26),
+    Spectrum("rank_one", (5.0, *(1e-5,) * 26)),
     Spectrum("rank_half", _power(20, 1e2) + (1e-5,) * 20),
     Spectrum("rank_half_small", (2.0, 1.0, 0.5) + (1e-5,) * 4),
     Spectrum("large_values", _power(27, 1e3, 1e8)),
@@ -225,4 +227,3 @@ SPECTRA = [
     Spectrum("d64", _power(64, 1e4)),
     Spectrum("d193", _power(193, 1e5)),
 ]
-

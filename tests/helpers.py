@@ -75,9 +75,7 @@ def run_case(
     mean = torch.zeros(geo.groups * geo.features, dtype=dtype)
     deconv = torch.eye(geo.features, dtype=dtype).repeat(*batch, 1, 1)
     function = tdeconv.fast_deconv if case.rank else tdeconv.delinear
-    y = function(
-        x, weight, bias, mean, deconv, training=True, n_iter=n_iter, backend=backend, **case.options()
-    )
+    y = function(x, weight, bias, mean, deconv, training=True, n_iter=n_iter, backend=backend, **case.options())
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
     grads = torch.autograd.grad(y, leaves, g)
     return Step(y.detach(), grads[0], grads[1], grads[2] if bias is not None else None, mean, deconv)
@@ -109,17 +107,17 @@ def loop_rows(x: Tensor, geo: Geometry, stride: tuple[int, ...]) -> np.ndarray:
     """Patches at every ``stride``-th position as rows ``(M, C*taps)``, one number at a time; zero outside the input."""
     values = x.detach().double().numpy()
     n, c, spatial = values.shape[0], values.shape[1], values.shape[2:]
-    extent = [d * (k - 1) + 1 for d, k in zip(geo.dilation, geo.kernel_size)]
-    counts = [(s + 2 * p - e) // st + 1 for s, p, e, st in zip(spatial, geo.padding, extent, stride)]
+    extent = [d * (k - 1) + 1 for d, k in zip(geo.dilation, geo.kernel_size, strict=True)]
+    counts = [(s + 2 * p - e) // st + 1 for s, p, e, st in zip(spatial, geo.padding, extent, stride, strict=True)]
     rows = []
     for image in range(n):
         for position in itertools.product(*(range(m) for m in counts)):
             row = []
             for channel in range(c):
                 for tap in itertools.product(*(range(k) for k in geo.kernel_size)):
-                    axes = zip(position, stride, tap, geo.dilation, geo.padding)
+                    axes = zip(position, stride, tap, geo.dilation, geo.padding, strict=True)
                     at = tuple(i * st + t * d - p for i, st, t, d, p in axes)
-                    inside = all(0 <= a < s for a, s in zip(at, spatial))
+                    inside = all(0 <= a < s for a, s in zip(at, spatial, strict=True))
                     row.append(values[(image, channel, *at)] if inside else 0.0)
             rows.append(row)
     return np.array(rows)
@@ -178,7 +176,7 @@ def spectral_root(cov: np.ndarray, n_iter: int) -> np.ndarray:
 def loop_layer(
     x: Tensor, weight: Tensor, bias: Tensor | None, geo: Geometry, eps: float = 1e-5, n_iter: int = 5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer as the paper tells it: whiten every patch of the input, then multiply by the weight. Nothing is folded."""
+    """The layer as the paper tells it: whiten every patch, then multiply by the weight. Nothing is folded."""
     mean, cov = loop_moments(x, geo)
     root = spectral_root(cov + eps * np.eye(geo.features), n_iter)
     rows = loop_rows(x, geo, geo.stride)
@@ -195,7 +193,9 @@ def loop_layer(
     for o in range(out):
         first = o // (out // geo.groups) * per_group
         y[:, o] = whitened[:, first : first + per_group] @ w[o] + (0.0 if bias is None else float(bias[o]))
-    extent = [d * (k - 1) + 1 for d, k in zip(geo.dilation, geo.kernel_size)]
-    shape = [(s + 2 * p - e) // st + 1 for s, p, e, st in zip(x.shape[2:], geo.padding, extent, geo.stride)]
+    extent = [d * (k - 1) + 1 for d, k in zip(geo.dilation, geo.kernel_size, strict=True)]
+    shape = [
+        (s + 2 * p - e) // st + 1 for s, p, e, st in zip(x.shape[2:], geo.padding, extent, geo.stride, strict=True)
+    ]
     y = torch.from_numpy(y).reshape(x.shape[0], *shape, out).movedim(-1, 1)
     return y, torch.from_numpy(mean), torch.from_numpy(root)

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import BACKENDS, F32_TOLERANCE, F64_TOLERANCE, FAST, all_finite, assert_close, randn, spectral_root, train_step
+from helpers import (
+    BACKENDS,
+    F32_TOLERANCE,
+    F64_TOLERANCE,
+    FAST,
+    all_finite,
+    assert_close,
+    randn,
+    spectral_root,
+    train_step,
+)
 from tdeconv import ChannelDeconv, running
 
 # name: (arguments, input shape)
@@ -115,7 +125,9 @@ def test_backends_agree(name, fast, dtype):
     assert_close(train_step(layers[0].eval(), x), train_step(layers[1].eval(), x.double()), bound)
 
 
-@pytest.mark.parametrize("name", ["two_blocks", "two_blocks_and_left_over", "image_of_the_stride", "features_left_over"])
+@pytest.mark.parametrize(
+    "name", ["two_blocks", "two_blocks_and_left_over", "image_of_the_stride", "features_left_over"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(name, backend, training):

@@ -159,6 +159,7 @@ def _sync_steps(
     compiler: str | None = None,
 ) -> dict[str, Any]:
     layer = convert_sync_deconv(_layer(name, dtype, backend))
+    torch._dynamo.reset()  # what other layers were compiled for must not matter
     run = torch.compile(layer, fullgraph=True, backend=compiler) if compiler else layer
     return _steps(run, layer, _batch(name, dtype, sum(split), mean), _rows(rank, split))
 
@@ -214,7 +215,7 @@ def test_a_mean_far_from_zero_loses_nothing(pair: Pair, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------- in compile
 
 
-@pytest.mark.parametrize("name", ["3x3", "frozen", "linear", "channels"])
+@pytest.mark.parametrize("name", ["3x3", "frozen", "channels"])
 def test_compiled_is_one_graph(pair: Pair, name: str) -> None:
     ranks = pair(_sync_steps, name, (5, 4), torch.float64, "torch", 0.5, "aot_eager")
     _check(ranks, _whole_steps(name), TOLERANCE[torch.float64])
@@ -239,10 +240,13 @@ def _count_graphs(rank: int) -> int:
         graphs.append(graph)
         return graph.forward
 
+    torch._dynamo.reset()
     layer = convert_sync_deconv(_layer("3x3", torch.float64))
-    run = torch.compile(layer, fullgraph=True, backend=count, dynamic=True)
+    run = torch.compile(layer, fullgraph=True, backend=count)
     for images in (4, 5, 6, 7):
-        run(_batch("3x3", torch.float64, images + rank))
+        x = _batch("3x3", torch.float64, images + rank)
+        torch._dynamo.mark_dynamic(x, 0)
+        run(x)
     return len(graphs)
 
 
@@ -364,7 +368,7 @@ def _nan_on_rank_1(rank: int, name: str) -> tuple[list[Tensor], list[Tensor]]:
     y = layer(bad)
     assert y.isnan().any()
     assert all(torch.equal(b, a) for b, a in zip(layer.buffers(), before, strict=True))
-    layer(x.flip(0))
+    layer(2 * x)
     return before, list(layer.buffers())
 
 
@@ -583,7 +587,7 @@ def _bad_groups(rank: int) -> None:
     layer = _layer("3x3", torch.float64)
     theirs = dist.new_group([0])
     if rank == 1:
-        with pytest.raises(TypeError, match="process_group must be None or a torch.distributed.ProcessGroup"):
+        with pytest.raises(TypeError, match=r"process_group must be None or a torch\.distributed\.ProcessGroup"):
             convert_sync_deconv(layer, theirs)
     with pytest.raises(TypeError, match=r"got DeviceMesh .*pass mesh.get_group\(\)"):
         convert_sync_deconv(layer, init_device_mesh("cpu", (2,)))

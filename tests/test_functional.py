@@ -1,4 +1,4 @@
-"""The public functions: the four stages compose to the layer, keep their dtypes, and evaluation is a fold and a convolution."""
+"""The public functions: the stages compose to the layer, dtypes are kept, evaluation is a fold and a convolution."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_stages_compose_to_the_layer(case, backend):
 # ------------------------------------------------------------------------------------------------------ patch_moments
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2, "padding": (2, 0), "stride": (1, 2)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2, "padding": (2, 0), "stride": (1, 2)}]
+)
 def test_patch_moments_are_those_of_unfold(options, backend):
     x = randn(3, 2, 8, 7)
     rows = F.unfold(x, 3, **options).transpose(1, 2).reshape(-1, 18)

@@ -45,7 +45,11 @@ MODULES = {
     "momentum_zero": (FastDeconv, {"momentum": 0.0}, IMAGE),
     "freezing": (FastDeconv, {"freeze": True, "freeze_iter": 1, "padding": 1}, IMAGE),
     "freezing_grouped": (FastDeconv, {"freeze": True, "freeze_iter": 1, "groups": 2}, IMAGE),
-    "freezing_reflect": (FastDeconv, {"freeze": True, "freeze_iter": 2, "padding": 1, "padding_mode": "reflect"}, IMAGE),
+    "freezing_reflect": (
+        FastDeconv,
+        {"freeze": True, "freeze_iter": 2, "padding": 1, "padding_mode": "reflect"},
+        IMAGE,
+    ),
     "unbatched": (FastDeconv, {"padding": 1, "sampling_stride": 1}, IMAGE[1:]),
     "unbatched_circular": (FastDeconv, {"padding": 1, "padding_mode": "circular", "sampling_stride": 1}, IMAGE[1:]),
     "batch_one": (FastDeconv, {"padding": 1, "sampling_stride": 1}, (1, *IMAGE[1:])),
@@ -108,7 +112,9 @@ def test_identity_whitening_is_the_convolution(name):
     """A fresh layer in evaluation: mean 0, root the identity."""
     layer = make(name).eval()
     kind, options, _ = MODULES[name]
-    options = {k: v for k, v in options.items() if k in ("padding", "padding_mode", "stride", "dilation", "groups", "bias")}
+    options = {
+        k: v for k, v in options.items() if k in ("padding", "padding_mode", "stride", "dilation", "groups", "bias")
+    }
     x = inputs(name)
     if kind is Delinear:
         plain = nn.Linear(layer.in_features, layer.out_features, **options, dtype=torch.float64)
@@ -186,8 +192,18 @@ def test_repr_says_what_differs_from_a_convolution():
     assert "block=3" in text
     assert "n_iter=5" in text
     assert "freeze" not in text
-    text = repr(FastDeconv(6, 4, 3, 1, 0, 1, 1, True, 1e-3, 7, 0.2, 2, 4, True, 9, grouping="contiguous", backend="torch"))
-    for part in ("eps=0.001", "n_iter=7", "momentum=0.2", "block=2", "sampling_stride=4", "freeze=True", "freeze_iter=9"):
+    text = repr(
+        FastDeconv(6, 4, 3, 1, 0, 1, 1, True, 1e-3, 7, 0.2, 2, 4, True, 9, grouping="contiguous", backend="torch")
+    )
+    for part in (
+        "eps=0.001",
+        "n_iter=7",
+        "momentum=0.2",
+        "block=2",
+        "sampling_stride=4",
+        "freeze=True",
+        "freeze_iter=9",
+    ):
         assert part in text
     assert "grouping=contiguous" in text
     assert "backend=torch" in text
@@ -348,7 +364,16 @@ def papers_output(layer, state, x):
     return conv[type(layer)](x, w, bias - shift, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-PAPERS = ["padding_pair", "bias_off", "depthwise", "grouped_three_steps", "block_by_gcd", "freezing", "linear", "linear_blocks"]
+PAPERS = [
+    "padding_pair",
+    "bias_off",
+    "depthwise",
+    "grouped_three_steps",
+    "block_by_gcd",
+    "freezing",
+    "linear",
+    "linear_blocks",
+]
 
 
 @pytest.mark.parametrize("name", PAPERS)

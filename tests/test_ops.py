@@ -1,4 +1,4 @@
-"""The operators: torch.library.opcheck of each, shapes and layouts as promised to the compiler, gradients that reach what asks."""
+"""The operators: opcheck of each, shapes and layouts as the compiler is promised, gradients that reach what asks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def moments_backward_args(case: Case, backend: str):
 
 
 def test_all_operators_are_here():
-    names = {name.removesuffix(".default") for name in torch._C._dispatch_get_all_op_names() if name.startswith("tdeconv::")}
+    names = {
+        name.removesuffix(".default") for name in torch._C._dispatch_get_all_op_names() if name.startswith("tdeconv::")
+    }
     assert names == {f"tdeconv::{name}" for name in OPERATORS}
 
 

@@ -84,7 +84,11 @@ def test_gradients_of_any_layer_are_its_differences(case, n_iter, backend):
     slope = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True))
     h = 1e-5
     ends = [
-        float((function(*(t.detach() + s * h * d for t, d in zip(leaves, directions, strict=True)), **options) * out).sum())
+        float(
+            (
+                function(*(t.detach() + s * h * d for t, d in zip(leaves, directions, strict=True)), **options) * out
+            ).sum()
+        )
         for s in (-1, 1)
     ]
     scale = sum(float((g * d).abs().sum()) for g, d in zip(grads, directions, strict=True))
@@ -272,12 +276,15 @@ def test_output_ignores_a_common_offset_without_padding(shift, backend):
 def test_output_ignores_the_inputs_scale(scale, backend):
     x, weight = randn(5, 3, 9, 9), randn(4, 3, 3, 3)
     outputs = [
-        fast_deconv(f * x, weight, training=True, eps=1e-3 * f * f, sampling_stride=1, backend=backend) for f in (1, scale)
+        fast_deconv(f * x, weight, training=True, eps=1e-3 * f * f, sampling_stride=1, backend=backend)
+        for f in (1, scale)
     ]
     assert_close(outputs[1], outputs[0], 1e-11)
 
 
-@pytest.mark.parametrize("name", ["plain", "depthwise", "block_by_gcd", "pointwise_block", "past_the_half_gram", "linear"])
+@pytest.mark.parametrize(
+    "name", ["plain", "depthwise", "block_by_gcd", "pointwise_block", "past_the_half_gram", "linear"]
+)
 def test_two_threads_give_the_bits_of_two_threads(name):
     case = next(c for c in CASES if c.name == name)
     threads = torch.get_num_threads()

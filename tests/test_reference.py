@@ -130,7 +130,9 @@ def test_gradcheck_patch_moments(case):
 def test_gradcheck_inverse_sqrt(batch, n_iter):
     root = randn(batch, 4, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda r: reference.inverse_sqrt(symmetric(r), n_iter), root)
-    assert torch.autograd.gradcheck(lambda c: reference.inverse_sqrt(c, n_iter), symmetric(root).detach().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda c: reference.inverse_sqrt(c, n_iter), symmetric(root).detach().requires_grad_()
+    )
 
 
 def test_gradcheck_converged_inverse_sqrt():

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from tdeconv.demo.models import METHODS, TITLES
@@ -71,6 +72,8 @@ def training(runs: Sequence[Run], dataset: str, arch: str) -> bytes:
             _curves(panels, [run for run in runs if run.method == method], COLOURS[method], TITLES[method])
         for column, label in enumerate(("epochs", "training time in seconds, evaluation excluded")):
             panels[0, column].set(yscale="log")
+            panels[0, column].yaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 1)))
+            panels[0, column].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
             panels[1, column].set(xlabel=label)
         for axes in panels[:, 0]:
             axes.set_xlim(left=0)
@@ -80,6 +83,7 @@ def training(runs: Sequence[Run], dataset: str, arch: str) -> bytes:
         panels[0, 0].set(ylabel="training loss (cross-entropy)")
         panels[1, 0].set(ylabel="test accuracy, %")
         panels[0, 1].legend(loc="upper right")
+        figure.align_ylabels(panels[:, 0])
         if len(runs) > len(METHODS):
             panels[0, 0].set_title("thick: mean of the seeds; thin: each seed", fontsize=9, color=FAINT)
 

@@ -43,7 +43,9 @@ def _scalars(values: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
 def _divided_differences(a: Tensor, n_iter: int) -> Tensor:
     """``(z_n(a_i) - z_n(a_j)) / (a_i - a_j)``, or ``z_n'(a_i)`` where they are equal, as ``(b, D, D)``.
 
-    By their product rule, ``[fg] = f_i [g] + [f] g_j``, applied to ``z t`` and ``t = (3 - a z z)/2``.
+    By their product rule, ``[fg] = f_i [g] + [f] g_j``, applied to ``z t`` and ``t = (3 - a z z)/2``. With ``a`` in
+    ascending order that damps rounding errors above the diagonal and would amplify them below, so the half above is
+    mirrored.
     """
     z = 1.5 - 0.5 * a
     diff = a.new_full((*a.shape, a.shape[-1]), -0.5)  # of the first step, z = (3 - a)/2
@@ -54,7 +56,7 @@ def _divided_differences(a: Tensor, n_iter: int) -> Tensor:
         diff_t = torch.addcmul(-0.5 * zj * zj, half, (zi + zj).mul_(diff))
         diff = diff_t.mul_(zi).addcmul_(diff, t.unsqueeze(-2))
         z = z * t
-    return diff
+    return diff.triu().add_(diff.triu(1).mT)
 
 
 def inverse_sqrt_saved(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
@@ -73,13 +75,13 @@ def _eigh(cov: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The root; then eigenvectors (as rows) and eigenvalues, or the covariance and NaN where it came from products."""
+    """The root; then eigenvectors (as rows) and eigenvalues, or the covariance and infinity where it came from products."""
     work = cov.to(decomposition_dtype(cov.device, cov.dtype, n_iter))
     eigen = _eigh(work) if uses_eigh(work.device, work.shape[0], work.shape[1], n_iter) else None
     if eigen is None:
         root = newton_schulz.inverse_sqrt(work, n_iter)
         basis = work.clone() if work is cov else work
-        return root.to(cov.dtype), basis, work.new_full(work.shape[:-1], torch.nan)
+        return root.to(cov.dtype), basis, work.new_full(work.shape[:-1], torch.inf)
     values, vectors = eigen
     z, norm = _scalars(values, n_iter)
     rows = vectors.mT.contiguous()  # LAPACK's vectors are columns: as rows they lie in order
@@ -89,7 +91,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int) -> Tensor:
     dtype, grad = grad.dtype, grad.to(basis.dtype)
-    if not uses_eigh(basis.device, basis.shape[0], basis.shape[1], n_iter) or spectrum.isnan().any():
+    if not uses_eigh(basis.device, basis.shape[0], basis.shape[1], n_iter) or spectrum.isinf().any():
         return newton_schulz.inverse_sqrt_backward(grad, basis, n_iter).to(dtype)
     z, norm = _scalars(spectrum, n_iter)
     inner = symmetric.product(basis, (grad + grad.mT).div_(2) @ basis.mT)

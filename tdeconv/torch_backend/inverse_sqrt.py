@@ -75,7 +75,7 @@ def _eigh(cov: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The root; then eigenvectors (as rows) and eigenvalues, or the covariance and infinity where it came from products."""
+    """The root; then eigenvectors (as rows) and eigenvalues, or, of a root by products, the covariance and infinity."""
     work = cov.to(decomposition_dtype(cov.device, cov.dtype, n_iter))
     eigen = _eigh(work) if uses_eigh(work.device, work.shape[0], work.shape[1], n_iter) else None
     if eigen is None:

@@ -128,9 +128,9 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("layer", [TINY, TINY_FIRST], ids=["hidden", "first"])
 def test_all_implementations_agree_and_are_timed(layer: Layer, checkout: Path) -> None:
     everyone = implementations.implementations(checkout)
-    assert tuple(one.name for one in everyone) == implementations.NAMES
+    assert tuple(one.name for one in everyone) == table.NAMES
     works, errors = steps.prepare(steps.problem(layer, 3), everyone)
-    assert set(works) == set(errors) == set(implementations.NAMES)
+    assert set(works) == set(errors) == set(table.NAMES)
     assert all(0 < error < measure.TOLERANCE for error in errors.values())
     for work in works.values():
         seconds = work.run(itertools.count().__next__)
@@ -161,12 +161,16 @@ def test_stages_are_timed_inside_a_step_that_is_right(layer: Layer, backend: str
     assert all(s > 0 for s in seconds.values())
 
 
-def test_a_folder_without_the_paper_s_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_the_paper_s_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no models.deconv\.py in"):
         implementations.implementations(tmp_path)
-    with pytest.raises(SystemExit):
-        run.main(["--paper-code", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "checkout of the paper's repository" in capsys.readouterr().err
+
+
+def test_rounds_and_batch_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--rounds", "--batch"):
+        with pytest.raises(SystemExit):
+            run.main([option, "0"])
+        assert f"{option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- tables

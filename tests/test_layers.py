@@ -524,3 +524,16 @@ def test_a_network_learns_on_the_torch_backend():
     first, second = losses[:6], losses[6:12]
     assert first == pytest.approx(second, rel=1e-6)
     assert first[-1] < 0.8 * first[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("channels", [4, 128])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_in_place_activation_may_follow(size, channels, layout):
+    layer = tdeconv.FastDeconv(channels, channels, 3, padding=1)
+    x = torch.randn(4, channels, size, size).to(memory_format=layout).requires_grad_()
+    y = layer(x)
+    expected = y.detach().relu()
+    torch.nn.functional.relu(y, inplace=True).sum().backward()
+    assert torch.equal(y, expected)
+    assert x.grad.isfinite().all()

@@ -87,10 +87,15 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
 
 def _convolve_by_pixels(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
     pixels, by_tap = x.movedim(1, -1), _tap_weights(weight)
-    y = bias.expand(x.shape[0], *_out(x, geo), -1).contiguous()
+    shape = (x.shape[0], *_out(x, geo), weight.shape[0])
+    # not a view of its pixels: autograd would refuse an in-place activation behind the layer
+    strides = x.new_empty(shape, device="meta").movedim(-1, 1).stride()
+    y = torch.empty_strided((shape[0], shape[-1], *shape[1:-1]), strides, dtype=x.dtype, device=x.device)
+    out_pixels = y.movedim(1, -1)
+    out_pixels.copy_(bias)
     for tap, out, into in _pairs(pixels, geo.every()):
-        y[out].addmm_(pixels[into], by_tap[:, tap].t())
-    return y.movedim(-1, 1)
+        out_pixels[out].addmm_(pixels[into], by_tap[:, tap].t())
+    return y
 
 
 def _input_gradient_by_pixels(grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:

@@ -17,21 +17,29 @@ from bench import measure, stages, steps
 from bench.cases import BATCH, BY_NAME
 from bench.implementations import Implementation, implementations
 
+IMPLEMENTATIONS = pytest.StashKey[tuple[Implementation, ...]]()
 Key = tuple[str, str, str]  # test, layer, implementation
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tdeconv bench")
-    group.addoption("--rounds", type=int, default=15, help="rounds of every measurement")
+    group.addoption("--rounds", type=int, default=12, help="rounds of every measurement")
     group.addoption("--batch", type=int, default=BATCH, help="batch size")
     oracle = "what answers are checked against: the method's reference in this dtype"
     group.addoption("--oracle", choices=("float64", "float32"), default="float64", help=oracle)
     group.addoption("--paper-code", type=Path, metavar="DIR", help="checkout of the paper's repository, to measure too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[IMPLEMENTATIONS] = implementations(config.getoption("--paper-code"))
+    except FileNotFoundError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
-        metafunc.parametrize("implementation", [one.name for one in _implementations(metafunc.config)])
+        metafunc.parametrize("implementation", [one.name for one in metafunc.config.stash[IMPLEMENTATIONS]])
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -45,13 +53,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["cores"] = os.cpu_count()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__
-
-
-def _implementations(config: pytest.Config) -> tuple[Implementation, ...]:
-    try:
-        return implementations(config.getoption("--paper-code"))
-    except FileNotFoundError as error:
-        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +76,7 @@ class Measurements:
     def __init__(self, config: pytest.Config, wanted: Iterable[tuple[str, str]]) -> None:
         self._batch = config.getoption("--batch")
         self._oracle = getattr(torch, config.getoption("--oracle"))
-        self._implementations = _implementations(config)
+        self._implementations = config.stash[IMPLEMENTATIONS]
         self.info: dict[Key, dict[str, Any]] = {}
         works: dict[Key, measure.Work] = {}
         for test, name in tqdm(list(wanted), desc="checking answers", unit="layer", ncols=80):

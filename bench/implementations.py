@@ -40,14 +40,11 @@ def _deconv(backend: str) -> Callable[[Layer], nn.Module]:
 CONV_BN = Implementation("conv_bn", "conv_bn", _conv_bn)
 REFERENCE = Implementation("reference", "deconv", _deconv("reference"))  # unfold, products, autograd
 ORACLES = {oracle.method: oracle for oracle in (CONV_BN, REFERENCE)}  # what each method's answers are
-PAPER = "paper"
-
-NAMES = ("conv_bn", "conv_bn_channels_last", "reference", PAPER, "torch", "torch_channels_last")
 
 
 def implementations(paper_code: Path | None = None) -> tuple[Implementation, ...]:
-    """All that can run here, as in ``NAMES``; the paper's own layer only from a checkout of its repository."""
-    paper = () if paper_code is None else (Implementation(PAPER, "deconv", _paper(paper_code)),)
+    """All that can run here; the paper's own layer only from a checkout of its repository."""
+    paper = () if paper_code is None else (Implementation("paper", "deconv", _paper(paper_code)),)
     return (
         CONV_BN,
         Implementation("conv_bn_channels_last", "conv_bn", _conv_bn, torch.channels_last),

@@ -10,39 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import table
-from bench.cases import BATCH
-from bench.implementations import load_paper
 
-ROUNDS, QUICK_ROUNDS = 15, 3
+ROUNDS, QUICK_ROUNDS = 12, 3
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.run", description="Time deconvolution layers on this machine."
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, answers checked in float32")
-    parser.add_argument("--rounds", type=int, metavar="N", help=f"rounds of every measurement (default {ROUNDS})")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="batch size (default %(default)s)")
-    parser.add_argument(
-        "--paper-code", type=Path, metavar="DIR", help="checkout of the paper's repository, to measure too"
-    )
-    parser.add_argument(
-        "--select", metavar="EXPR", help="only matching tests (pytest's -k): test_layer, 512-512-2x2, ..."
-    )
-    args = parser.parse_args(argv)
-    args.rounds = (QUICK_ROUNDS if args.quick else ROUNDS) if args.rounds is None else args.rounds
-    for name in ("rounds", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.paper_code is not None:
-        try:
-            load_paper(args.paper_code)
-        except FileNotFoundError as error:
-            parser.error(str(error))
-    return args
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description="Time this machine on VGG-11's layers.")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)")
+    add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, answers checked in float32")
+    add("--rounds", type=_positive, metavar="N", help=f"rounds of every measurement (default {ROUNDS})")
+    add("--batch", type=_positive, metavar="N", help="batch size (default 128)")
+    add("--paper-code", type=Path, metavar="DIR", help="checkout of the paper's repository, to measure too")
+    add("--select", metavar="EXPR", help="only tests that match (pytest's -k): test_layer, 512-512-2x2, ...")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _measure(args: argparse.Namespace, json_path: Path) -> int:
@@ -51,10 +39,12 @@ def _measure(args: argparse.Namespace, json_path: Path) -> int:
     # -o: nothing that the project's own tests are run with may reach a measurement
     command = [sys.executable, "-m", "pytest", str(suites), "-o", "addopts=", "-o", "filterwarnings=ignore"]
     command += ["-o", "console_output_style=classic", "-p", "no:cacheprovider"]
-    command += ["-x", "-s", "-q", "--no-header", "--benchmark-quiet"]
-    command += [f"--benchmark-json={json_path.resolve()}", f"--rounds={args.rounds}", f"--batch={args.batch}"]
+    command += ["-x", "-s", "-q", "--no-header", "--benchmark-quiet", f"--benchmark-json={json_path.resolve()}"]
+    command.append(f"--rounds={args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)}")
     if args.quick:
         command.append("--oracle=float32")
+    if args.batch is not None:
+        command.append(f"--batch={args.batch}")
     if args.paper_code is not None:
         command.append(f"--paper-code={args.paper_code.resolve()}")
     if args.select:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.implementations import NAMES
-
 RESULTS = Path(__file__).parent / "results"
+NAMES = ("conv_bn", "conv_bn_channels_last", "reference", "paper", "torch", "torch_channels_last")
 RATIOS = {  # whose over whose
     "torch / conv_bn": ("torch", "conv_bn"),
     "the same, channels_last": ("torch_channels_last", "conv_bn_channels_last"),

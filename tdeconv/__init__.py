@@ -5,6 +5,8 @@ from importlib.metadata import version as _version
 
 from tdeconv.backends import BackendUnavailable, use_backend
 from tdeconv.channel_deconv import ChannelDeconv
+from tdeconv.checkpoint import checkpoint_contexts
+from tdeconv.distributed import convert_sync_deconv
 from tdeconv.explain import explain
 from tdeconv.functional import delinear, fast_deconv, fold_deconv, inverse_sqrt, patch_moments
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
@@ -21,6 +23,8 @@ __all__ = [
     "FastDeconv",
     "FastDeconv1d",
     "FastDeconv3d",
+    "checkpoint_contexts",
+    "convert_sync_deconv",
     "delinear",
     "explain",
     "fast_deconv",

@@ -235,7 +235,7 @@ def test_statistics_are_not_lowered_by_autocast(backend):
     assert_close(folded, fold_deconv(x[:, :, :3, :3], None, mean, root), 0)
 
 
-def test_reference_within_autocast_and_grad_modes():
+def test_no_grad_and_inference_mode():
     x, weight = randn(2, 2, 6, 6), randn(2, 2, 3, 3)
     with torch.no_grad():
         y = fast_deconv(x.requires_grad_(), weight, training=True)

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from tdeconv.demo.models import METHODS, TITLES
@@ -72,8 +72,8 @@ def training(runs: Sequence[Run], dataset: str, arch: str) -> bytes:
             _curves(panels, [run for run in runs if run.method == method], COLOURS[method], TITLES[method])
         for column, label in enumerate(("epochs", "training time in seconds, evaluation excluded")):
             panels[0, column].set(yscale="log")
-            panels[0, column].yaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 1)))
-            panels[0, column].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+            panels[0, column].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+            panels[0, column].yaxis.set_minor_formatter("")
             panels[1, column].set(xlabel=label)
         for axes in panels[:, 0]:
             axes.set_xlim(left=0)

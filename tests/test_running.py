@@ -68,6 +68,19 @@ def test_nothing_moves_if_anything_is_not_finite(bad, which):
         assert torch.equal(now, then)
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_nothing_moves_where_values_are_not_read_either(bad, monkeypatch):
+    """In a compiled graph, as on a GPU: no branch and no warning, the same statistics."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    r, n = [randn(3), randn(2, 2)], [randn(3, seed=1), torch.full((2, 2), bad, dtype=torch.float64)]
+    kept = [t.clone() for t in r]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not bool(update_(r, n, 0.1))
+    for now, then in zip(r, kept, strict=True):
+        assert torch.equal(now, then)
+
+
 def test_overflow_of_the_buffers_dtype_is_not_finite():
     r = torch.ones(2, dtype=torch.float16)
     with pytest.warns(RuntimeWarning, match="overflow of the buffers' dtype"):

@@ -31,16 +31,18 @@ def convert_sync_deconv(module: Module, process_group: Any = None) -> Module:
     In training a layer then computes the mean and covariance of the batches of all ranks together, whatever their
     sizes (a rank's batch may be empty), by one all-reduce in forward and one in backward. Gradients flow through it:
     the gradients of the ranks' inputs are those of the sum of all ranks' losses, and the sum of the ranks' parameter
-    gradients is one process's with the whole batch. ``DistributedDataParallel`` averages them instead, as it does with
-    any layer; with a loss that is a mean over equal batches that is the mean over the whole batch.
+    gradients is one process's with the whole batch. ``DistributedDataParallel`` and ``fully_shard`` average them, as
+    they do with any layer: a loss that is a mean over equal batches then gives the mean over the whole batch; of uneven
+    ones, take the sum over the rank's images times the number of ranks over the whole batch's size.
 
-    Evaluation, the frozen steps of a freezing layer (unless compiled) and a group of one process communicate nothing.
-    Every rank updates its running statistics by the same values, so ``DistributedDataParallel(...,
-    broadcast_buffers=False)`` is right, and spares it a broadcast of all of them per step. With ``no_sync`` the
-    statistics are still those of all ranks, of each micro-batch.
+    Every rank updates its running statistics by the same values. So ``DistributedDataParallel`` need not broadcast
+    them before each step: ``forward_sync_buffers=False`` (``broadcast_buffers=False`` in older versions of torch).
+    With ``no_sync`` the statistics are still those of all ranks, of each micro-batch. Evaluation, the frozen steps of a
+    freezing layer (unless compiled) and a group of one process communicate nothing.
 
-    Every rank of the group has to call this with the same layers, and to run them in the same order and mode.
-    Layers whose kernel has one pixel sample every k-th pixel of each rank's batch from its first one on.
+    Every rank of the group has to call this, with the same layers, and then to run them in the same order and mode;
+    where one does not, the others wait for it until the process group's timeout. A layer with a 1x1 kernel samples
+    every k-th pixel of each rank's batch from that rank's first one on, as does :class:`tdeconv.ChannelDeconv`.
 
     Args:
         module: changed in place: its deconvolution layers get an attribute ``process_group``, which ``deepcopy`` and

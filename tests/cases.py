@@ -147,6 +147,8 @@ CASES = [
     Case("fewer_samples_than_features", (2, 5, 6, 6), padding=1, sampling_stride=3, degenerate=True),
     Case("past_the_half_gram", (3, 24, 9, 8), padding=1, sampling_stride=1, out=6),
     Case("wide_channels", (2, 130, 6, 5), out=129, padding=1, block=13, sampling_stride=1),
+    Case("wide_unpadded_odd", (3, 128, 5, 7), out=128, block=4, sampling_stride=1),
+    Case("wide_padding_uneven", (2, 128, 4, 6), out=129, padding=(2, 0), block=4, sampling_stride=1, layout="sliced"),
     Case("wide_channels_strided_dilated", (2, 128, 9, 8), out=128, padding=2, stride=2, dilation=2, block=4),
     Case("wide_few_pixels", (9, 128, 2, 2), out=130, padding=1, block=2, sampling_stride=1),
     Case(

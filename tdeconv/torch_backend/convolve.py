@@ -12,6 +12,7 @@ from torch import Tensor
 from tdeconv import reference
 from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
+from tdeconv.torch_backend import winograd
 from tdeconv.torch_backend.chunks import chunk_rows
 from tdeconv.torch_backend.patches import taps
 
@@ -20,6 +21,8 @@ from tdeconv.torch_backend.patches import taps
 _CHANNELS_LAST = 64
 # With this many, so are its gradients, and the weight's as one product per tap, which skips the padding.
 _WIDE = 128
+# With this many, so is Winograd's form of it.
+_TILED = 128
 # Up to this many pixels in and out, so is the whole convolution, pixel by pixel: most taps fall on padding.
 _FEW_PIXELS = 4
 
@@ -41,6 +44,12 @@ def wide(x: Tensor, weight: Tensor) -> bool:
 def by_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
     """Whether the map is so small that the convolution is best done pixel by pixel."""
     return wide(x, weight) and max(math.prod(x.shape[2:]), math.prod(_out(x, geo))) <= _FEW_PIXELS
+
+
+def by_tiles(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
+    """Whether Winograd's products are fewer by more than their transforms cost: 3x3, stride 1, channels enough."""
+    shape = geo.kernel_size == (3, 3) and geo.stride == geo.dilation == (1, 1)
+    return shape and _channels(x, weight) >= _TILED and not by_pixels(x, weight, geo)
 
 
 def _out(x: Tensor, geo: Geometry) -> tuple[int, ...]:
@@ -77,6 +86,11 @@ def _tap_weights(weight: Tensor) -> Tensor:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
     if by_pixels(x, weight, geo):
         return _convolve_by_pixels(_channels_last(x), weight, bias, geo)
+    if by_tiles(x, weight, geo):
+        shape = (x.shape[0], weight.shape[0], *_out(x, geo))
+        y = torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
+        winograd.convolve_(y, x, weight, bias, geo.padding)
+        return y
     if _channels(x, weight) < _CHANNELS_LAST or not x.is_contiguous():
         return reference.convolve(x, weight.contiguous(memory_format=memory_format(x)), bias, geo)
     y = x.new_empty(x.shape[0], weight.shape[0], *_out(x, geo))
@@ -119,6 +133,10 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     if not geo.kernel_size:
         return grad @ weight if need_x else None, grad.t() @ x, grad.sum(0)
+    if by_tiles(x, weight, geo):
+        grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else None
+        grad_weight = winograd.convolve_backward(grad, x, weight, geo.padding, grad_x)
+        return grad_x, grad_weight, grad.sum((0, 2, 3))
     if not wide(x, weight):
         weight = weight.contiguous(memory_format=memory_format(x))
         grads = _library_backward(grad, x, weight, geo, [need_x, True, True])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
-from tdeconv.torch_backend.convolve import by_pixels, wide
+from tdeconv.torch_backend.convolve import by_pixels, by_tiles, wide
 from tdeconv.torch_backend.inverse_sqrt import decomposition_dtype, uses_eigh
 
 
@@ -41,6 +41,8 @@ def _inverse_sqrt(x: Tensor, geo: Geometry, n_iter: int) -> str:
 def _convolve(x: Tensor, weight: Tensor, geo: Geometry) -> str:
     if by_pixels(x, weight, geo):
         return "one product per pair of pixels: most taps of so small a map fall on padding"
+    if by_tiles(x, weight, geo):
+        return "Winograd's, 2x2 outputs at a time, channels-last, a few images at a time: fewer products"
     if not wide(x, weight):
         return "the library's convolution"
     return "the library's convolution, channels-last, a few images at a time; its weight gradient one product per tap"

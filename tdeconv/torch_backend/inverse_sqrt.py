@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tdeconv.running import all_finite
 from tdeconv.torch_backend import newton_schulz, symmetric
 
 # Fewer steps than this, or a smaller matrix, take products for less than a decomposition costs; so does a batch, which
@@ -66,7 +67,7 @@ def inverse_sqrt_saved(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
 
 def _eigh(cov: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues and vectors, or None where LAPACK does not converge or the matrix is not finite."""
-    if not torch.isfinite(cov).all():
+    if not all_finite(cov):
         return None
     try:
         return torch.linalg.eigh(cov)

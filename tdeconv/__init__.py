@@ -6,9 +6,11 @@ from importlib.metadata import version as _version
 from tdeconv.backends import BackendUnavailable, use_backend
 from tdeconv.channel_deconv import ChannelDeconv
 from tdeconv.checkpoint import checkpoint_contexts
+from tdeconv.convert import ConversionReport, convert_deconv
 from tdeconv.distributed import convert_sync_deconv
 from tdeconv.explain import explain
 from tdeconv.functional import delinear, fast_deconv, fold_deconv, inverse_sqrt, patch_moments
+from tdeconv.fuse import fuse_deconv_eval
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
 try:
@@ -19,16 +21,19 @@ except _NotInstalled:  # the source tree on sys.path, not installed
 __all__ = [
     "BackendUnavailable",
     "ChannelDeconv",
+    "ConversionReport",
     "Delinear",
     "FastDeconv",
     "FastDeconv1d",
     "FastDeconv3d",
     "checkpoint_contexts",
+    "convert_deconv",
     "convert_sync_deconv",
     "delinear",
     "explain",
     "fast_deconv",
     "fold_deconv",
+    "fuse_deconv_eval",
     "inverse_sqrt",
     "patch_moments",
     "use_backend",

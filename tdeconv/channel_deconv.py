@@ -139,6 +139,7 @@ class ChannelDeconv(nn.Module):
         return y.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.not_onnx(self.training)
         checks.float_tensor("input", x)
         if x.ndim not in (2, 4):
             raise ValueError(f"ChannelDeconv expects an input (N, C, H, W) or (N, C), got shape {tuple(x.shape)}")

@@ -162,3 +162,13 @@ def float_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 def backend(name: Any) -> str | None:
     """A layer's ``backend`` argument: None, or a name that exists (whether it can run is decided at the call)."""
     return None if name is None else one_of("backend", name, ("auto", *BACKENDS))
+
+
+def not_onnx(training: bool) -> None:
+    """ONNX has no training step: say what to export instead of failing on an operator it does not know."""
+    tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if training and tracing and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "a deconvolution layer in training mode cannot be exported to ONNX; export "
+            "tdeconv.fuse_deconv_eval(model.eval()), which has plain convolutions only"
+        )

@@ -337,6 +337,7 @@ def _layer(
     frozen: Tensor | None = None,
 ) -> Tensor:
     """Any layer, arguments checked: statistics of the batch in training, else the running ones."""
+    checks.not_onnx(training)
     checks.same_home(x, weight=weight, bias=bias, running_mean=running_mean, running_deconv=running_deconv)
     checks.running(running_mean, running_deconv, geo, training and frozen is None)
     device, autocast = x.device.type, compute_dtype(x)

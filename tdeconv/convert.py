@@ -1,0 +1,254 @@
+"""Turning a model's convolutions and batch norms into deconvolution layers, whoever wrote the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from tdeconv import checks
+from tdeconv.dataflow import Links
+from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
+
+_DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDeconv, nn.Conv3d: FastDeconv3d}
+
+
+@dataclass(frozen=True)
+class ConversionRow:
+    """One layer of a :class:`ConversionReport`: its name, what it was and became, and why.
+
+    ``action`` is ``"converted"`` (into a deconvolution layer), ``"removed"`` (a batch norm) or ``"left"``.
+    """
+
+    name: str
+    was: str
+    action: str
+    became: str
+    why: str
+
+
+@dataclass
+class ConversionReport:
+    """What :func:`convert_deconv` did with every convolution, batch norm and linear layer, and why.
+
+    ``print(report)`` shows a table; ``converted``, ``removed`` and ``left`` are the rows of each kind.
+    """
+
+    rows: list[ConversionRow] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[ConversionRow]:
+        return [row for row in self.rows if row.action == "converted"]
+
+    @property
+    def removed(self) -> list[ConversionRow]:
+        return [row for row in self.rows if row.action == "removed"]
+
+    @property
+    def left(self) -> list[ConversionRow]:
+        return [row for row in self.rows if row.action == "left"]
+
+    def __str__(self) -> str:
+        counts = len(self.converted), len(self.removed), len(self.left)
+        total = "layers converted: {}; batch norms removed: {}; left: {}".format(*counts)
+        if not self.rows:
+            return f"{total}: the model has no convolution, batch norm or linear layer"
+        cells = [("layer", "was", "became", "why"), *((r.name, r.was, r.became, r.why) for r in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], "", total])
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How the new layers are made."""
+
+    block: int
+    sampling_stride: int
+    n_iter: int
+    first_n_iter: int
+    freeze_first: bool
+    block_fc: int
+    backend: str | None
+
+    def check(self) -> None:
+        checks.options(1e-5, self.n_iter, 0.1, self.block, self.sampling_stride)
+        checks.positive_int("first_n_iter", self.first_n_iter)
+        checks.positive_int("block_fc", self.block_fc)
+        checks.backend(self.backend)
+
+
+def convert_deconv(
+    model: nn.Module,
+    *,
+    block: int = 64,
+    sampling_stride: int = 3,
+    n_iter: int = 5,
+    first_n_iter: int = 15,
+    freeze_first: bool = True,
+    linear: bool = False,
+    block_fc: int = 512,
+    exclude: Iterable[str | type[nn.Module]] = (),
+    backend: str | None = None,
+    report: ConversionReport | None = None,
+) -> nn.Module:
+    """Replace a model's convolutions by deconvolution layers and take out the batch norms they make unnecessary.
+
+    Call it before the optimiser is made (the layers get biases), before ``torch.compile`` and before wrappers such as
+    ``DistributedDataParallel``. Calling it again changes nothing.
+
+    A batch norm is taken out if deconvolution layers alone feed it, or if it feeds deconvolution layers alone (as in
+    pre-activation networks); activations, dropout, pooling, reshaping and concatenation may stand between. One that
+    normalises anything else, a sum of branches say, is left. What feeds what is traced by ``torch.fx``, and where the
+    model's code cannot be traced, taken from the order in which its modules were registered.
+
+    Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
+    that copies. A 1x1 convolution behind a global pooling (squeeze and excitation) samples every image: with every
+    ninth, its statistics would come from a handful.
+
+    Args:
+        model: changed in place.
+        block, sampling_stride, backend: as in :class:`tdeconv.FastDeconv`.
+        n_iter: Newton-Schulz steps; at most 3 in group convolutions and 1 in depthwise ones, as in the paper.
+        first_n_iter: those of the convolutions that see the model's input.
+        freeze_first: whether these freeze their statistics (``freeze`` of :class:`tdeconv.FastDeconv`).
+        linear: convert every ``nn.Linear`` into a :class:`tdeconv.Delinear` too.
+        block_fc: features that a :class:`tdeconv.Delinear` whitens together.
+        exclude: names of modules as in ``model.named_modules()``, with shell-style wildcards, or classes of modules:
+            these and all inside them stay as they are.
+        report: filled with what was done, for the caller to print.
+
+    Returns:
+        The model (the new layer, if the model is a single one). A converted layer keeps its weight Parameter, device,
+        dtype and mode; it gets a bias, zero if it had none.
+
+    Raises:
+        TypeError: the model is no ``nn.Module``, is a ScriptModule, or is wrapped or sharded for several devices.
+        ValueError: an option out of range, or a name in ``exclude`` that no module has.
+    """
+    _check_model(model)
+    options = _Options(block, sampling_stride, n_iter, first_n_iter, freeze_first, block_fc, backend)
+    options.check()
+    plan = Plan(model, linear, _excluded(model, exclude))
+    rows: list[ConversionRow] = []
+    new: dict[nn.Module | None, nn.Module] = {}
+    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
+        for module, name in plan.layers.items():
+            action, became, why = "left", "-", plan.why_left(module)
+            if not why and is_norm(module):
+                new[module] = _without_norm(module, plan.links[module])
+                action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
+            elif not why:
+                new[module] = _deconv(module, module in plan.first, module in plan.pooled, options)
+                action, became, why = "converted", _describe(new[module]), plan.remark(module)
+            rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                parent.register_module(name, new[child])
+    if report is not None:
+        report.rows = rows
+    return new.get(model, model)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model is a ScriptModule, whose layers cannot be replaced; convert the model before scripting it"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(f"model is wrapped in {type(model).__name__}; convert the model before wrapping it")
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise TypeError("model has DTensor parameters (from fully_shard, say); convert the model before sharding it")
+
+
+def _excluded(model: nn.Module, exclude: Iterable[str | type[nn.Module]]) -> set[nn.Module]:
+    """The modules that ``exclude`` names, and all inside them."""
+    chosen = set()
+    for item in (exclude,) if isinstance(exclude, (str, type)) else exclude:
+        if isinstance(item, str):
+            found = [m for name, m in model.named_modules(remove_duplicate=False) if fnmatchcase(name, item)]
+            if not found:
+                raise ValueError(f"exclude names {item!r}, but the model has no module of such a name")
+        elif isinstance(item, type):
+            found = [m for m in model.modules() if isinstance(m, item)]
+        else:
+            raise TypeError(f"exclude must hold names and classes of modules, got {item!r}")
+        chosen.update(found)
+    return {inner for m in chosen for inner in m.modules()}
+
+
+def _describe(module: Any) -> str:
+    """``Conv2d(3, 64, 7x7)`` and the like, short enough for a table."""
+    name = type(module).__name__
+    if isinstance(module, _ConvNd):
+        sizes = [str(module.in_channels), str(module.out_channels), "x".join(map(str, module.kernel_size))]
+        sizes += [f"groups={module.groups}"] if module.groups > 1 else []
+        if isinstance(module, DECONVS):
+            sizes = [f"block={module.block}", f"n_iter={module.n_iter}", *(["freeze"] if module.freeze else [])]
+        return f"{name}({', '.join(sizes)})"
+    if isinstance(module, Delinear):
+        return f"{name}(block={module.block}, n_iter={module.n_iter})"
+    if isinstance(module, nn.Linear):
+        return f"{name}({module.in_features}, {module.out_features})"
+    return f"{name}({num_features(module)})" if is_norm(module) else name
+
+
+class Clone(nn.Identity):
+    """Stands for a removed batch norm whose output is changed in place while its input is needed unchanged."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.clone()
+
+
+def _without_norm(norm: Any, link: Links) -> nn.Module:
+    """What is left of a batch norm: nothing, or the dropout and activation of one of timm's.
+
+    A batch norm's output was memory of its own, that the code after it may have changed in place.
+    """
+    parts = [m for m in norm.children() if type(m) is not nn.Identity]
+    for part in parts:
+        if link.input_read and getattr(part, "inplace", False):
+            part.inplace = False
+    if parts:
+        rest = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    else:
+        rest = Clone() if link.input_read and link.overwritten else nn.Identity()
+    rest.training = norm.training
+    return rest
+
+
+def _deconv(layer: Any, first: bool, pooled: bool, options: _Options) -> nn.Module:
+    """The deconvolution layer for a convolution or linear layer: its weight, a bias, fresh running statistics."""
+    weight, n_iter = layer.weight, options.n_iter
+    common: dict[str, Any] = {"backend": options.backend, "device": "meta", "dtype": weight.dtype}
+    if isinstance(layer, nn.Linear):
+        sizes = (layer.in_features, layer.out_features)
+        new: Any = Delinear(*sizes, n_iter=n_iter, block=options.block_fc, **common)
+    else:
+        most = {"depthwise convolution": 1, "group convolution": 3}.get(kind_of(layer), n_iter)
+        new = _DECONV_OF[plain_class(layer, CONVS)](
+            *(layer.in_channels, layer.out_channels, layer.kernel_size),
+            *(layer.stride, layer.padding, layer.dilation, layer.groups),
+            n_iter=options.first_n_iter if first else min(n_iter, most),
+            block=options.block,
+            sampling_stride=1 if pooled else options.sampling_stride,
+            freeze=first and options.freeze_first,
+            padding_mode=layer.padding_mode,
+            **common,
+        )
+    new.weight = weight
+    zero = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    new.bias = nn.Parameter(zero, weight.requires_grad) if layer.bias is None else layer.bias
+    for name, buffer in new.named_buffers():
+        setattr(new, name, torch.empty_like(buffer, device=weight.device))
+    new.reset_running_stats()
+    return new.train(layer.training)

@@ -1,0 +1,209 @@
+"""Which of a model's layers become deconvolution layers, which batch norms these make unnecessary, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tdeconv.dataflow import INPUT, End, Links, links
+from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+
+DECONVS = (FastDeconv, FastDeconv1d, FastDeconv3d, Delinear)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Known by name, since neither package is needed here. Those of timm apply a dropout and an activation too.
+_FOREIGN_NORMS = {
+    ("torchvision", "FrozenBatchNorm2d"),
+    ("timm", "BatchNormAct2d"),
+    ("timm", "FrozenBatchNormAct2d"),
+    ("timm", "SyncBatchNormAct"),
+}
+# In evaluation their fast paths use the weights of the layers inside without calling these.
+_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or _is_foreign_norm(module)
+
+
+def _is_foreign_norm(module: nn.Module) -> bool:
+    return (type(module).__module__.partition(".")[0], type(module).__name__) in _FOREIGN_NORMS
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, nn.Linear, torch.jit.ScriptModule)) or is_norm(module)
+
+
+class Plan:
+    """What goes and what stays.
+
+    Attributes:
+        layers: every convolution, batch norm and linear layer, with its name, in the order of registration.
+        whitening: the deconvolution layers, those there are and those to be.
+        removed: the batch norms that go, and why.
+        first: the convolutions that see the model's input, or the first one if it is computed with before.
+        pooled: the 1x1 convolutions of images of one pixel: behind a pooling over all pixels, and behind one another.
+    """
+
+    def __init__(self, model: nn.Module, linear: bool, excluded: set[nn.Module]) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        inner = {m for layer in self._names if _is_layer(layer) for m in layer.modules() if m is not layer}
+        self.layers = {m: name for m, name in self._names.items() if _is_layer(m) and m not in inner}
+        self._linear, self._excluded = linear, excluded
+        self._bypassed = {m for b in self._names if isinstance(b, _BYPASSING) for m in b.modules()}
+        self.links = links(model, self.layers.__contains__)
+        self.whitening = {m for m in self.layers if isinstance(m, DECONVS) or not (is_norm(m) or self.why_left(m))}
+        self.removed: dict[nn.Module, str] = {}
+        self._remove_norms()
+        convs: list[Any] = [m for m in self.links if isinstance(m, _ConvNd)]  # in the order of calls
+        self.first = {m for m in convs if self._ends(m, "sources") == [INPUT]} or set(convs[:1])
+        self.pooled: set[nn.Module] = set()
+        for conv in convs:
+            behind = self.links[conv].sources and self.pooled.issuperset(self._ends(conv, "sources"))
+            if set(conv.kernel_size) == {1} and (behind or self.links[conv].pooled):
+                self.pooled.add(conv)
+
+    def _remove_norms(self) -> None:
+        """Each batch norm that goes brings what it fed closer to the layer that fed it."""
+        todo = [m for m in self.layers if is_norm(m) and not self._why_norm_stays(m)]
+        while True:
+            needless = {norm: why for norm in todo if (why := self._why_needless(norm))}
+            self.removed |= needless
+            todo = [norm for norm in todo if norm not in needless]
+            if not needless:
+                return
+
+    def why_left(self, module: nn.Module) -> str:
+        """Empty if it goes."""
+        if isinstance(module, DECONVS):
+            return "a deconvolution layer already"
+        if module in self._excluded:
+            return "excluded"
+        if isinstance(module, torch.jit.ScriptModule):
+            return "a ScriptModule, whose layers cannot be replaced"
+        if isinstance(module, _ConvTransposeNd):
+            return "a transposed convolution"
+        if isinstance(module, nn.Linear) and not self._linear:
+            return "linear=False"
+        if not is_norm(module):
+            return _why_unsafe(module, self.links[module], module in self._bypassed)
+        return "" if module in self.removed else self._why_norm_stays(module) or self._why_needed(module)
+
+    def _why_norm_stays(self, norm: nn.Module) -> str:
+        """Whatever feeds it; empty if that decides."""
+        if norm in self._excluded:
+            return "excluded"
+        if plain_class(norm, _NORMS) is None and not _is_foreign_norm(norm):
+            return f"a subclass of {_base(norm)} with a forward of its own"
+        if self.links[norm].weight_read:
+            return "its parameters or statistics are used without calling it"
+        return "has hooks, which would be lost" if _hooked(norm) else ""
+
+    def _why_needless(self, norm: nn.Module) -> str:
+        """Empty if it is not."""
+        sources, sinks = self._ends(norm, "sources"), self._ends(norm, "sinks")
+        if sources and all(self._whitens(end, norm, "sources") for end in sources):
+            return f"behind {self._list(sources)}{self._guess(norm, 'sources')}"
+        if any(isinstance(end, (_ConvNd, nn.Linear)) and end not in self.whitening for end in sources):
+            return ""
+        if sinks and all(self._whitens(end, norm, "sinks") for end in sinks):
+            return f"before {self._list(sinks)}{self._guess(norm, 'sinks')}"
+        return ""
+
+    def _why_needed(self, norm: nn.Module) -> str:
+        sources = self._ends(norm, "sources")
+        others = [end for end in sources if end not in self.whitening]
+        return f"fed by {self._list(others or sources)}, and feeds {self._list(self._ends(norm, 'sinks'))}"
+
+    def _ends(self, module: nn.Module, side: str) -> list[End]:
+        """Where the data comes from, or goes to, through the batch norms that go."""
+        ends: dict[End, None] = {}
+        todo, seen = list(getattr(self.links[module], side)), set()
+        while todo:
+            end = todo.pop(0)
+            if end in self.removed and end not in seen:
+                todo += getattr(self.links[end], side)
+            elif end not in seen:
+                ends[end] = None
+            seen.add(end)
+        return list(ends)
+
+    def _whitens(self, end: End, norm: nn.Module, side: str) -> bool:
+        """Whether a deconvolution layer is at this end; where that is only guessed, it must fit in its channels."""
+        if end not in self.whitening:
+            return False
+        return not self._guess(norm, side) or _size(end, side) == num_features(norm)
+
+    def _guess(self, norm: nn.Module, side: str) -> str:
+        link = self.links[norm]
+        return "" if link.guessed.isdisjoint(getattr(link, side)) else ", by the order of modules"
+
+    def _list(self, ends: list[End]) -> str:
+        names = [end if isinstance(end, str) else self._names[end] or type(end).__name__ for end in ends]
+        return ", ".join([*names[:2], *([f"{len(names) - 2} more"] if len(names) > 2 else [])]) or "nothing"
+
+    def remark(self, module: nn.Module) -> str:
+        """What kind of layer is converted."""
+        calls = self.links[module].calls
+        kind = "linear" if isinstance(module, nn.Linear) else kind_of(module)
+        kind = f"first {kind}" if module in self.first else f"{kind} of one pixel" if module in self.pooled else kind
+        return f"{kind}, one set of statistics for its {calls} calls" if calls > 1 else kind
+
+
+def _why_unsafe(module: Any, link: Links, bypassed: bool) -> str:
+    """What would go wrong if this convolution or linear layer were replaced; empty for nothing."""
+    if nn.parameter.is_lazy(module.weight):
+        return "not initialised: run the model once before"
+    if plain_class(module, (*CONVS, nn.Linear)) is None:
+        return f"a subclass of {_base(module)} with a forward of its own"
+    if not {"weight", "bias"} <= module._parameters.keys():
+        return "its weight or bias is computed from others"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    if _hooked(module):
+        return "has hooks, which would be lost"
+    if bypassed or link.weight_read:
+        return "its weight is used without calling it"
+    return ""
+
+
+def plain_class(module: nn.Module, classes: Iterable[type]) -> type | None:
+    """Which of these torch.nn classes computes what the module does: its own, or one whose whole call it inherits."""
+    for base in classes:
+        if isinstance(module, base):
+            methods = ("__call__", "forward", "_conv_forward")
+            if all(getattr(type(module), name, None) is getattr(base, name, None) for name in methods):
+                return base
+    return None
+
+
+def _base(module: nn.Module) -> str:
+    return next(c.__name__ for c in type(module).__mro__[1:] if c.__module__.startswith("torch.nn"))
+
+
+def _hooked(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _size(layer: Any, side: str) -> int:
+    """Channels of what a layer gives, seen as a source, or takes, seen as a sink."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features if side == "sources" else layer.in_features
+    return layer.out_channels if side == "sources" else layer.in_channels
+
+
+def num_features(norm: Any) -> int:
+    return norm.num_features if isinstance(norm, _BatchNorm) else norm.running_mean.numel()
+
+
+def kind_of(conv: Any) -> str:
+    if conv.groups == 1:
+        return "convolution"
+    return "depthwise convolution" if conv.groups == conv.in_channels else "group convolution"

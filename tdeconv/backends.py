@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,6 +15,8 @@ import torch
 from tdeconv import checks
 
 _REQUESTS = ("auto", *checks.BACKENDS)
+_YES = ("1", "true", "on", "yes", "y")  # as Triton reads it
+_warned: set[str] = set()
 # A plain global, not a ContextVar: torch.compile reads and guards the one and cannot trace the other.
 _context: str | None = None
 
@@ -21,6 +26,11 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
+
+    @property
+    def automatic(self) -> bool:
+        """Whether nobody asked for it by name."""
+        return self.reason.startswith("automatic")
 
 
 class BackendUnavailable(RuntimeError):
@@ -59,7 +69,34 @@ def _requested(backend: str | None) -> tuple[str, str]:
 
 def why_no_triton(device: torch.device) -> str | None:
     """None if the Triton kernels can run tensors on ``device``, else the reason they cannot."""
-    return "this version of tdeconv has no Triton kernels yet"
+    if platform.system() != "Linux":
+        return f"the kernels need Linux, not {platform.system()}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() not in _YES:
+        return "on CPU tensors the kernels run only under Triton's interpreter (TRITON_INTERPRET=1, slow)"
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for {device.type} devices"
+    try:
+        launch = importlib.import_module("tdeconv.kernels.launch")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return launch.why_not(device)
+
+
+def _why_not_automatically(device: torch.device) -> str | None:
+    """As above; and never the interpreter. A GPU that goes without its kernels is worth a warning, once."""
+    if device.type == "cpu":
+        return why_no_triton(device) or "on CPU tensors the kernels would only be interpreted"
+    missing = why_no_triton(device)
+    if missing is not None and device.type == "cuda" and missing not in _warned:
+        _warned.add(missing)
+        warnings.warn(f"tdeconv runs its slower torch backend on {device}: {missing}", RuntimeWarning, stacklevel=3)
+    return missing
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: the answer is found while a graph is
+# compiled and is part of it.
+why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_why_not_automatically._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str | None, device: torch.device) -> Choice:
@@ -71,7 +108,7 @@ def choose(backend: str | None, device: torch.device) -> Choice:
     """
     name, asker = _requested(backend)
     if name == "auto":
-        missing = why_no_triton(device)
+        missing = _why_not_automatically(device)
         if missing is None:
             return Choice("triton", f"automatic: a {device.type} device with Triton")
         return Choice("torch", f"automatic: triton cannot run here ({missing})")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdeconv import checks, distributed, running
+from tdeconv import checks, distributed, running, transforms
 from tdeconv.functional import inverse_sqrt
 from tdeconv.precision import statistics_dtype
 
@@ -155,6 +155,7 @@ class ChannelDeconv(nn.Module):
         group = distributed.active(self.process_group) if self.training else None
         with torch.autocast(x.device.type, enabled=False):
             if self.training and (x.numel() > 0 or group is not None):
+                transforms.no_vmap_in_training()
                 statistics, seen = self._statistics(image, c, group)
                 first = self.num_batches_tracked == 0
                 made = running.update_(buffers, statistics, self.momentum, first)

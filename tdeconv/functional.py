@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdeconv import checks, distributed, ops, reference, running
+from tdeconv import checks, distributed, ops, reference, running, transforms
 from tdeconv.backends import choose
 from tdeconv.geometry import Geometry, resolve_block
 from tdeconv.precision import compute_dtype, statistics_dtype
@@ -63,7 +63,7 @@ def patch_moments(
     block = x.shape[1] if block is None else checks.positive_int("block", block)
     geo = convolution_geometry(x, kernel_size, stride, padding, dilation, groups, block, grouping, 1)
     with torch.autocast(x.device.type, enabled=False):
-        name = choose(backend, x.device).backend
+        name = transforms.backend_for(choose(backend, x.device))
         mean, cov = reference.patch_moments(x, geo) if name == "reference" else ops.patch_moments(x, geo.pack(), name)
     return mean.flatten(), cov if groups > 1 else cov.squeeze(0)
 
@@ -94,7 +94,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int = 5, *, method: str = "newton_schulz",
         return cov.clone()
     with torch.autocast(cov.device.type, enabled=False):
         batch = cov.to(statistics_dtype(cov.dtype)).reshape(-1, *cov.shape[-2:])
-        name = choose(backend, cov.device).backend
+        name = transforms.backend_for(choose(backend, cov.device))
         if method == "eigh":
             root = reference.converged_inverse_sqrt(batch)
         elif name == "reference":
@@ -343,12 +343,14 @@ def _layer(
     device, autocast = x.device.type, compute_dtype(x)
     if autocast is None:
         checks.same_dtype(x, weight=weight, bias=bias)
-    name, dtype = choose(backend, x.device).backend, autocast or x.dtype
+    choice, dtype = choose(backend, x.device), autocast or x.dtype
     group = distributed.active(process_group) if training else None
     with torch.autocast(device, enabled=False):
         x = x.to(_convolution_dtype(dtype, device))
         if not training or _needs_no_statistics(x, frozen, group):
             return _with_running(x, weight, bias, running_mean, running_deconv, geo).to(dtype)
+        name = transforms.backend_for(choice)
+        transforms.no_vmap_in_training()
         kept = None if running_mean is None or running_deconv is None else (running_mean, running_deconv)
         if group is not None:
             y, mean, deconv = distributed.deconvolve(x, weight, bias, kept, frozen, geo, eps, n_iter, name, group)

@@ -19,7 +19,7 @@ from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
 from tdeconv.precision import statistics_dtype
 
-_MODULES = {"torch": "tdeconv.torch_backend"}
+_MODULES = {"torch": "tdeconv.torch_backend", "triton": "tdeconv.kernels"}
 
 
 @functools.cache

@@ -1,0 +1,27 @@
+"""Every piece of Python in the README runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
+def test_code_runs(code: str, tmp_path: Path) -> None:
+    """In a process of its own, outside the tree, as a reader would run it."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_is_code_to_run() -> None:
+    text = "\n".join(BLOCKS)
+    for name in ("FastDeconv", "convert_deconv", "compile", "autocast", "fuse_deconv_eval", "convert_sync_deconv"):
+        assert name in text
+    assert "checkpoint_contexts" in text

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tdeconv.channel_deconv import ChannelDeconv
 from tdeconv.functional import fold_deconv
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
 
 _CONVS: dict[type, Any] = {FastDeconv1d: nn.Conv1d, FastDeconv: nn.Conv2d, FastDeconv3d: nn.Conv3d}
@@ -71,7 +72,7 @@ def _fold(layer: Any) -> nn.Module:
             padding_mode=layer.padding_mode,
             device="meta",
         )
-    plain.weight = nn.Parameter(weight, layer.weight.requires_grad)
+    plain.weight = nn.Parameter(beside(weight, weight), layer.weight.requires_grad)
     plain.bias = nn.Parameter(bias, layer.weight.requires_grad)
     return plain.eval()
 

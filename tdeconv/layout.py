@@ -15,3 +15,13 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
         if fmt is not None and t.is_contiguous(memory_format=fmt) and not t.is_contiguous():
             return fmt
     return torch.contiguous_format
+
+
+def beside(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution's weight in its input's memory format, and with that format's own strides.
+
+    Axes of one leave their strides open. Some of torch's CPU convolutions take a contiguous weight ``(O, 3, 1, 1)``
+    whose strides could be channels-last for just that, beside a contiguous input, and write past its end (torch 2.13).
+    """
+    weight = weight.contiguous(memory_format=memory_format(x))
+    return weight.view(-1).view(weight.shape) if weight.is_contiguous() else weight

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdeconv.geometry import Geometry
+from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
 
 
@@ -126,7 +127,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
     if not geo.kernel_size:
         return F.linear(x, weight, bias)
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(geo.kernel_size) - 1]
-    return conv(x, weight, bias, geo.stride, geo.padding, geo.dilation, geo.groups)
+    return conv(x, beside(x, weight), bias, geo.stride, geo.padding, geo.dilation, geo.groups)
 
 
 def deconvolve(

@@ -27,8 +27,8 @@ def backend_for(choice: Choice) -> str:
     if choice.automatic:
         return "reference"
     raise RuntimeError(
-        f"torch.func's transforms (grad, vmap, ...) cannot go through backend {choice.backend!r} ({choice.reason}); use "
-        "backend='reference' or 'auto' there, or the layer in evaluation mode, where any backend will do"
+        f"torch.func's transforms (grad, vmap, ...) cannot go through backend {choice.backend!r} ({choice.reason}); "
+        "use backend='reference' or 'auto' there, or the layer in evaluation mode, where any backend will do"
     )
 
 

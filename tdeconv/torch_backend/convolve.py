@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdeconv import reference
 from tdeconv.geometry import Geometry
-from tdeconv.layout import memory_format
+from tdeconv.layout import beside, memory_format
 from tdeconv.torch_backend import winograd
 from tdeconv.torch_backend.chunks import chunk_rows
 from tdeconv.torch_backend.patches import taps
@@ -92,7 +92,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
         winograd.convolve_(y, x, weight, bias, geo.padding)
         return y
     if _channels(x, weight) < _CHANNELS_LAST or not x.is_contiguous():
-        return reference.convolve(x, weight.contiguous(memory_format=memory_format(x)), bias, geo)
+        return reference.convolve(x, weight, bias, geo)
     y = x.new_empty(x.shape[0], weight.shape[0], *_out(x, geo))
     for part in _images(x, weight, geo):
         y[part] = reference.convolve(_channels_last(x[part]), weight, bias, geo)
@@ -138,7 +138,6 @@ def convolve_backward(
         grad_weight = winograd.convolve_backward(grad, x, weight, geo.padding, grad_x)
         return grad_x, grad_weight, grad.sum((0, 2, 3))
     if not wide(x, weight):
-        weight = weight.contiguous(memory_format=memory_format(x))
         grads = _library_backward(grad, x, weight, geo, [need_x, True, True])
         return grads[0] if need_x else None, grads[1], grads[2]
     total = grad.new_zeros(weight.shape[0], geo.taps, weight.shape[1])
@@ -160,5 +159,15 @@ def _library_backward(
     """PyTorch's own gradients of a convolution: input, weight and bias, those that the mask asks for."""
     zeros = [0] * len(geo.stride)
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], geo.stride, geo.padding, geo.dilation, False, zeros, geo.groups, mask
+        grad,
+        x,
+        beside(x, weight),
+        [weight.shape[0]],
+        geo.stride,
+        geo.padding,
+        geo.dilation,
+        False,
+        zeros,
+        geo.groups,
+        mask,
     )

@@ -1,11 +1,16 @@
-"""The tests' two markers, and the time they took."""
+"""The tests' two markers, the time they took, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 import torch
+
+# Triton looks when a kernel is defined. Tests of what happens without the interpreter run a Python of their own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 STARTED = pytest.StashKey[float]()
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from tdeconv import BackendUnavailable, FastDeconv, backends, use_backend
 from tdeconv.backends import choose, why_no_triton
 
 CPU = torch.device("cpu")
-needs_no_triton = pytest.mark.skipif(why_no_triton(CPU) is None, reason="the kernels run here")
+GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,13 @@ def no_environment(monkeypatch):
     monkeypatch.delenv("TDECONV_BACKEND", raising=False)
 
 
-@needs_no_triton
+@pytest.fixture
+def not_interpreted(monkeypatch):
+    """As where nobody set the variable."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.usefixtures("not_interpreted")
 def test_automatic_is_torch_without_triton():
     choice = choose(None, CPU)
     assert choice.backend == "torch"
@@ -29,11 +39,83 @@ def test_automatic_is_torch_without_triton():
     assert str(why_no_triton(CPU)) in choice.reason
 
 
-def test_automatic_is_triton_where_it_runs(monkeypatch):
+def test_automatic_is_triton_on_a_gpu_where_it_runs(monkeypatch):
     monkeypatch.setattr(backends, "why_no_triton", lambda device: None)
-    assert choose(None, CPU).backend == "triton"
-    assert choose("auto", CPU).backend == "triton"
-    assert choose("torch", CPU).backend == "torch"
+    assert choose(None, GPU) == ("triton", "automatic: a cuda device with Triton")
+    assert choose("auto", GPU).backend == "triton"
+    assert choose("torch", GPU).backend == "torch"
+
+
+def test_automatic_never_interprets(monkeypatch):
+    monkeypatch.setattr(backends, "why_no_triton", lambda device: None)
+    assert choose(None, CPU).backend == "torch"
+    assert "only be interpreted" in choose("auto", CPU).reason
+    assert choose("triton", CPU).backend == "triton"
+
+
+def test_a_gpu_without_its_kernels_is_worth_one_warning(monkeypatch):
+    monkeypatch.setattr(backends, "why_no_triton", lambda device: "it is too old")
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="slower torch backend on cuda:0: it is too old"):
+        assert choose(None, GPU).backend == "torch"
+    assert choose(None, GPU).reason == "automatic: triton cannot run here (it is too old)"  # and no second warning
+
+
+# --------------------------------------------------------------------------------------------- what the kernels need
+
+
+@pytest.mark.usefixtures("not_interpreted")
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    assert "TRITON_INTERPRET=1" in str(why_no_triton(CPU))
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launch = importlib.import_module("tdeconv.kernels.launch")
+    assert (why_no_triton(CPU) is None) == launch.interpreted()
+    monkeypatch.setattr(launch, "_INTERPRETED", False)  # the variable came after the kernels
+    assert "TRITON_INTERPRET=1" in str(why_no_triton(CPU))
+
+
+def test_triton_must_be_there(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in [m for m in sys.modules if m == "tdeconv.kernels" or m.startswith("tdeconv.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it then raises ModuleNotFoundError
+    assert str(why_no_triton(CPU)).startswith("Triton cannot be imported (")
+
+
+def test_other_systems_and_devices(monkeypatch):
+    assert why_no_triton(torch.device("mps")) == "there are no kernels for mps devices"
+    monkeypatch.setattr(backends.platform, "system", lambda: "Darwin")
+    assert why_no_triton(GPU) == "the kernels need Linux, not Darwin"
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_an_old_gpu(capability, runs, monkeypatch):
+    pytest.importorskip("triton")
+    cuda = SimpleNamespace(get_device_capability=lambda d: capability, get_device_name=lambda d: "Some GPU")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    expected = None if runs else "Some GPU has compute capability 7.5, the kernels need 8.0 or newer"
+    assert why_no_triton(GPU) == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert why_no_triton(GPU) is None
+
+
+def test_the_interpreter_runs_what_is_asked_for_by_name():
+    """In a Python of its own: Triton decides when a kernel is defined."""
+    pytest.importorskip("triton")
+    code = (
+        "import os; os.environ['TRITON_INTERPRET'] = {!r}\n"
+        "import torch, tdeconv\n"
+        "cov = torch.eye(3)\n"
+        "print((tdeconv.inverse_sqrt(cov, backend='triton') - tdeconv.inverse_sqrt(cov)).abs().max().item() < 1e-6)"
+    )
+    run = [subprocess.run([sys.executable, "-c", code.format(v)], capture_output=True, text=True) for v in ("1", "0")]
+    assert run[0].stdout == "True\n", run[0].stderr
+    assert "BackendUnavailable: backend 'triton' was asked for by the backend argument but cannot run" in run[1].stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- asking
 
 
 def test_order_of_the_askers(monkeypatch):
@@ -71,7 +153,7 @@ def test_a_context_holds_in_every_thread():
     assert seen == ["reference"]
 
 
-@needs_no_triton
+@pytest.mark.usefixtures("not_interpreted")
 def test_a_backend_asked_for_by_name_that_cannot_run(monkeypatch):
     x, layer = randn(2, 2, 5, 5).float(), FastDeconv(2, 2, 3, backend="triton")
     for asker, call in {

@@ -1,0 +1,56 @@
+"""Compiling the kernels for GPUs that are not here, in a Python without the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+
+
+def aot(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-m", "bench.aot", "--out", str(out), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_kernel_for_every_target(tmp_path):
+    result = aot(tmp_path, "--only", "inverse_sqrt_phase bf16x3 64x64", "--quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "aot.json").read_text())["rows"]
+    found = {row["target"]: row for row in rows}
+    assert set(found) == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert found["sm_90"]["spills"] == 0
+    assert found["sm_90"]["instructions"]["wgmma"] % 3 == 0 or found["sm_90"]["instructions"]["wgmma"] >= 3
+    assert found["sm_80"]["instructions"]["mma"] > 0
+    assert found["gfx942"]["instructions"]["mfma"] > 0
+    assert all(0 < row["registers"] <= 512 and 0 < row["shared"] <= 232448 for row in rows)
+    assert "inverse_sqrt_phase" in (tmp_path / "aot.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_heuristic_configuration_for_sm_90(tmp_path):
+    result = aot(tmp_path, "--quick", "--target", "sm_90")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("target", ["sm_90"])
+def test_the_cooperative_launch(tmp_path, target):
+    result = aot(tmp_path, "--only", "inverse_sqrt_grid_fwd tf32x3 64x64", "--quick", "--target", target)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_nothing_by_that_name(tmp_path):
+    assert aot(tmp_path, "--only", "no such kernel").returncode == 1
+
+
+def test_refused_under_the_interpreter(tmp_path):
+    result = aot(tmp_path, TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET is set" in result.stderr

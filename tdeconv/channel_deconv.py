@@ -50,6 +50,7 @@ class ChannelDeconv(nn.Module):
     running_mean2: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    _version = 2
 
     def __init__(
         self,

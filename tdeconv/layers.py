@@ -31,6 +31,7 @@ class _FastDeconvNd(_ConvNd):
     process_group: StatisticsGroup | None = None  # whose ranks' statistics these are: see convert_sync_deconv
     running_mean: Tensor
     running_deconv: Tensor
+    _version = 2  # of the state_dict: the paper's code, which counts no steps in a buffer, writes 1
     num_batches_tracked: Tensor  # with freeze
 
     def __init__(
@@ -271,6 +272,7 @@ class Delinear(nn.Linear):
     Source: Ye et al., *Network Deconvolution*, ICLR 2020.
     """
 
+    _version = 2
     track_running_stats = True
     process_group: StatisticsGroup | None = None
     running_mean: Tensor

@@ -409,6 +409,12 @@ def test_keys_are_the_papers(name):
 
 
 @NAME
+def test_state_dicts_have_a_version(name):
+    """The paper's layers are plain modules, whose version torch writes as 1."""
+    assert make(name).state_dict()._metadata[""]["version"] == 2
+
+
+@NAME
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict"])
 def test_copies_are_the_same_layer(name, how):
     layer = make(name)

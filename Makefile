@@ -6,6 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 VENV := .venv/.stamp
+PARALLEL := --numprocesses auto --dist worksteal
 
 .PHONY: help demo test test-slow bench lint clean distclean
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ VENV := .venv/.stamp
 help:
 	@echo "make demo       train batch norm against network deconvolution on real images; pictures in demo-out/"
 	@echo "make test       the tests"
-	@echo "make test-slow  the tests and the slow ones"
+	@echo "make test-slow  the slow tests: public models, compilers, the longer half of the kernels' cases"
 	@echo "make bench      time against conv + batch norm and the reference; results in bench-out/"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what was built and measured; distclean removes .venv too"
@@ -29,10 +30,10 @@ demo: $(VENV)
 	$(BIN)/python -m tdeconv demo $(ARGS)
 
 test: $(VENV)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)
-	$(BIN)/python -m pytest -q --slow $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) --slow -m slow $(ARGS)
 
 bench: $(VENV)
 	$(BIN)/python -m bench.run --out bench-out $(ARGS)

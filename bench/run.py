@@ -49,7 +49,8 @@ def _measure(args: argparse.Namespace, json_path: Path) -> int:
         command.append(f"--paper-code={args.paper_code.resolve()}")
     if args.select:
         command += ["-k", args.select]
-    return subprocess.run(command, cwd=suites.parent, check=False).returncode
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=suites.parent, env=environment, check=False).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

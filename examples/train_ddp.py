@@ -111,6 +111,7 @@ def main() -> None:
         right = accuracy(net, data, device)
         if dist.get_rank() == 0:
             print(f"epoch {epoch}: training loss {loss:.4f}, test accuracy {right:.2%}")  # noqa: T201
+    dist.barrier()  # none may take its end of a connection away while another still uses it
     dist.destroy_process_group()
 
 

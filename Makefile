@@ -8,7 +8,7 @@ BIN := .venv/bin
 VENV := .venv/.stamp
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-slow bench lint clean distclean
+.PHONY: help demo test test-slow bench gpu-report lint clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make test-slow  the slow tests: public models, compilers, the longer half of the kernels' cases"
 	@echo "make bench      time against conv + batch norm and the reference; results in bench-out/"
+	@echo "make gpu-report ten minutes on a GPU: tests, times, shares of the floors; results in bench-out/gpu/"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what was built and measured; distclean removes .venv too"
 
@@ -37,6 +38,9 @@ test-slow: $(VENV)
 
 bench: $(VENV)
 	$(BIN)/python -m bench.run --out bench-out $(ARGS)
+
+gpu-report: $(VENV)
+	$(BIN)/python bench/gpu_report.py --out bench-out/gpu $(ARGS)
 
 lint: $(VENV)
 	$(BIN)/ruff check .

@@ -7,11 +7,15 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib import import_module
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from tdeconv import __version__, backends, checks
+from tdeconv.convert import convert_deconv
 
 # Which of pip's extras brings a module that a command may find missing.
 _EXTRAS = {
@@ -60,7 +64,16 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         module = import_module("tdeconv.demo")
         module.add_arguments(demo)
         demo.set_defaults(run=module.run)
+
+    _add_warmup(commands)
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -120,3 +133,84 @@ def _choice(device: torch.device) -> str:
     except (ValueError, backends.BackendUnavailable) as error:
         return f"none: {error}"
     return f"{choice.backend}, {choice.reason}"
+
+
+# ------------------------------------------------------------------------------------------------------------- warmup
+
+
+def _add_warmup(commands: Any) -> None:
+    about = "measure on this GPU which configurations of the kernels are fastest for a model, and keep them"
+    warmup = commands.add_parser("warmup", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    add = warmup.add_argument
+    add("model", metavar="MODEL", help="a torchvision model's name, or MODULE:FUNCTION that returns a torch.nn.Module")
+    shape = {"type": _positive, "nargs": "+", "default": [64, 3, 224, 224], "metavar": "N"}
+    add("--shape", **shape, help="of the input, batch first (default 64 3 224 224)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="by autocast (%(default)s)")
+    add("--layout", choices=("channels_last", "contiguous"), default="channels_last", help="of images (%(default)s)")
+    warmup.set_defaults(run=_warmup)
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    """A training step in which every kernel met for the first time is measured."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    missing = backends.why_no_triton(device)
+    if missing is not None:
+        print(f"tdeconv: there is nothing to warm up here: {missing}", file=sys.stderr)
+        return 1
+    try:
+        model = convert_deconv(_model(args.model))
+    except (ValueError, TypeError) as error:
+        print(f"tdeconv: {error}", file=sys.stderr)
+        return 2
+    tuning = import_module("tdeconv.kernels.tuning")
+    known = tuning._entries(tuning._file(device))
+    before = len(known)
+    with backends.use_backend("triton"), tuning.tune():
+        _train_a_step(model.to(device).train(), _input(args, device), getattr(torch, args.dtype))
+    why = "; a CPU's times would mean nothing" if device.type == "cpu" else ""
+    print(f"measured {len(known) - before} sizes, {before} were known{why}; kept in {tuning.folder()}")
+    return 0
+
+
+def _model(name: str) -> nn.Module:
+    """From ``module:function``, the working directory's modules among them, or torchvision's of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        model = import_module("torchvision").models.get_model(name, weights=None)
+    else:
+        sys.path.insert(0, os.getcwd())
+        try:
+            model = getattr(import_module(module), function)()
+        except (AttributeError, ModuleNotFoundError) as error:
+            raise ValueError(f"MODEL {name!r} cannot be made: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"MODEL {name!r} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _input(args: argparse.Namespace, device: torch.device) -> Tensor:
+    x = torch.randn(args.shape, device=device)
+    images = args.layout == "channels_last" and x.ndim == 4
+    return x.contiguous(memory_format=torch.channels_last) if images else x
+
+
+def _train_a_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype):
+        output = model(x)
+    losses = [t.float().square().mean() for t in _tensors(output) if t.requires_grad]
+    torch.stack(losses).sum().backward()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output: a tensor, or a dict or sequence of such outputs."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (dict, list, tuple)):
+        for item in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(item)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import platform
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -22,6 +26,15 @@ def fake_demo(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
     monkeypatch.setitem(sys.modules, "tdeconv.demo", demo)
 
 
+@pytest.fixture
+def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton reads the variable when it is imported, once for the tests' process: so that comes first."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.usefixtures("not_interpreted")
 def test_info_names_versions_devices_and_backends(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +53,7 @@ def test_info_names_versions_devices_and_backends(
     assert rows["chosen"].startswith("torch, automatic: ")
 
 
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize(
     ("request_", "chosen"),
     [
@@ -113,6 +127,75 @@ def test_a_missing_module_that_no_extra_brings_is_not_hidden(monkeypatch: pytest
         cli.main(["demo"])
 
 
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with a module ``nets`` of small models, and a cache of its own."""
+    code = """
+        from torch import nn
+
+        def pixels():
+            return nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+
+        def number():
+            return 3
+    """
+    (tmp_path / "nets.py").write_text(textwrap.dedent(code))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    monkeypatch.setenv("TDECONV_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("models", "not_interpreted")
+def test_warmup_says_why_it_cannot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["warmup", "nets:pixels"]) == 1
+    captured = capsys.readouterr()
+    assert "there is nothing to warm up here: on CPU tensors the kernels run only under" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_warmup_trains_a_converted_model_a_step_while_tuning(
+    dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    tuning = importlib.import_module("tdeconv.kernels.tuning")
+    asked: list[tuple[str, bool]] = []
+    choose = tuning.choose
+
+    def spy(kernel: str, *rest: object) -> object:
+        asked.append((kernel, tuning._tuning))
+        return choose(kernel, *rest)
+
+    monkeypatch.setattr(tuning, "choose", spy)
+    assert cli.main(["warmup", "nets:pixels", "--shape", "2", "2", "3", "3", "--dtype", dtype]) == 0
+    assert {kernel for kernel, _ in asked} >= {"convolve"}
+    assert all(tuned for _, tuned in asked)
+    assert not tuning._tuning
+    out = capsys.readouterr().out
+    assert out.startswith("measured 0 sizes, 0 were known; a CPU's times would mean nothing; kept in ")
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("nets:nobody", "MODEL 'nets:nobody' cannot be made: module 'nets' has no attribute 'nobody'"),
+        ("nowhere:model", "MODEL 'nowhere:model' cannot be made: No module named 'nowhere'"),
+        ("nets:number", "MODEL 'nets:number' gave a int, not a torch.nn.Module"),
+    ],
+)
+def test_warmup_refuses_what_is_no_model(
+    model: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.backends, "why_no_triton", lambda device: None)
+    assert cli.main(["warmup", model]) == 2
+    assert text in capsys.readouterr().err
+
+
 def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
@@ -130,6 +213,10 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], monkeyp
         ([], 2, "err", "required: COMMAND"),
         (["whiten"], 2, "err", "invalid choice: 'whiten'"),
         (["info", "--epochs", "3"], 2, "err", "unrecognized arguments: --epochs 3"),
+        (["warmup"], 2, "err", "required: MODEL"),
+        (["warmup", "--help"], 0, "out", "MODULE:FUNCTION"),
+        (["warmup", "m:f", "--dtype", "float64"], 2, "err", "invalid choice: 'float64'"),
+        (["warmup", "m:f", "--shape", "8", "0"], 2, "err", "must be at least 1, got 0"),
     ],
 )
 def test_help_and_refusals(

@@ -486,6 +486,7 @@ def test_a_backend_that_cannot_run_is_refused(
     backend: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TDECONV_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert cli.main(["demo"]) == 2
     assert text in capsys.readouterr().err
 

@@ -1,9 +1,9 @@
 """Compile every shipped kernel for GPUs that are not here, and read what came out.
 
 ``python -m bench.aot --out DIR`` compiles each variant for sm_80, sm_90, sm_100 and gfx942, prints a table (registers,
-spills, shared memory, matrix instructions) and writes ``aot.json`` and ``aot.md``. It fails if a kernel does not
-compile, spills on sm_90, asks for more shared memory than the device has, or lacks the matrix instruction it is meant
-to use.
+spills, shared memory, matrix instructions) and writes ``aot.json`` and ``aot.md``, keeping there what an earlier run
+with the same Triton has found about other variants. It fails if a kernel does not compile, spills on sm_90, asks for
+more shared memory than the device has, or lacks the matrix instruction it is meant to use.
 """
 
 from __future__ import annotations
@@ -156,26 +156,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all four")
     parser.add_argument("--only", default="", metavar="NAME", help="variants whose name contains this")
     parser.add_argument("--quick", action="store_true", help="the heuristic configurations alone")
+    parser.add_argument("--one", action="store_true", help="of every kernel, the first variant alone")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted, not compiled")
     rows = []
-    for variant in variants(options.only, options.quick):
+    chosen = list(variants(options.only, options.quick))
+    if options.one:
+        chosen = list({v.fn: v for v in reversed(chosen)}.values())
+    for variant in chosen:
         for name in options.target or TARGETS:
             if not variant.targets or name in variant.targets:
                 rows.append(inspect(variant, name))
                 print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-    _write(options.out, rows)
+                _write(options.out, rows)
     failed = sum(bool(r.problem) for r in rows)
     print(f"{len(rows)} compiled, {failed} with problems; {options.out / 'aot.md'}")
     return 1 if failed or not rows else 0
 
 
 def _write(out: Path, rows: list[Row]) -> None:
+    """All rows of this Triton, in the order of the variants; those of variants that are no longer shipped are gone."""
     out.mkdir(parents=True, exist_ok=True)
-    content = {"triton": triton.__version__, "rows": [asdict(r) for r in rows]}
+    known = {(row.name, row.config, row.target): row for row in [*_read(out / "aot.json"), *rows]}
+    keys = [(v.name, str(v.config), target) for v in variants() for target in v.targets or TARGETS]
+    kept = [known[key] for key in keys if key in known]
+    content = {"triton": triton.__version__, "rows": [asdict(r) for r in kept]}
     (out / "aot.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (out / "aot.md").write_text(f"Triton {triton.__version__}\n\n{markdown(rows)}", encoding="utf-8")
+    (out / "aot.md").write_text(f"Triton {triton.__version__}\n\n{markdown(kept)}", encoding="utf-8")
+
+
+def _read(path: Path) -> list[Row]:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return [Row(**row) for row in content.get("rows", [])] if content.get("triton") == triton.__version__ else []
 
 
 if __name__ == "__main__":

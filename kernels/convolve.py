@@ -10,7 +10,6 @@ a measurement on the device can say, and until there is one it is the library.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +24,8 @@ from torch import Tensor
 from tdeconv import reference, torch_backend
 from tdeconv.geometry import Geometry
 from tdeconv.kernels import precision, tuning
-from tdeconv.kernels.configs import Config, Limits, Variant, legal, limits
+from tdeconv.kernels.configs import Config, Limits, legal, limits
 from tdeconv.kernels.launch import interpreted, launch
-from tdeconv.kernels.shipped import LIMITS, NVIDIA, variant
 from tdeconv.layout import memory_format
 
 _AXES = 3
@@ -220,9 +218,9 @@ def depth(itemsize: int, inner: int, taps: int) -> tuple[int, bool]:
 
 
 # Tiles of pixels and output channels, warps, stages of the pipeline.
-_SHAPES = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 8, 3), (64, 64, 4, 4), (64, 32, 4, 4))
+_SHAPES = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4))
 _LARGEST = (128, 256, 8, 3)
-_EXACT_SHAPES = ((128, 64, 8, 3), (64, 64, 8, 3), (64, 32, 4, 4))  # operands are held in two parts
+_EXACT_SHAPES = ((128, 64, 8, 3), (64, 64, 8, 3))  # operands are held in two parts
 _FLAT_SHAPES = ((128, 64, 8, 2), (64, 32, 8, 2))
 # Only where operands are read from shared memory do a tile's sums fill the registers without spilling.
 _LARGE_SHARED = 200_000
@@ -411,50 +409,3 @@ def by_kernel(
         config = configs(forward_sizes(x, weight, geo), x)[0]
     product.run(config, None if bias is None else bias.contiguous(), relu)
     return y
-
-
-# ----------------------------------------------------------------------------------------------------- ahead of time
-
-ALIGNED = [f"stride_{t}{a}" for t in "xygw" for a in "nco012"] + ["group_x", "group_y", "group_g", "group_w"]
-# A network's wide 3x3 layers, and its first.
-WIDE = Sizes(rows=1 << 16, columns=256, inner=256, taps=9)
-FIRST = Sizes(rows=1 << 16, columns=64, inner=3, taps=49)
-
-
-def dtypes(target: str) -> Iterator[tuple[str, int, str]]:
-    """Pointer type, bytes and ``input_precision`` of every product shipped for a target."""
-    yield "*bf16", 2, "ieee"
-    yield "*fp16", 2, "ieee"
-    for exactness in ("tf32", "tf32x3") if target in NVIDIA else ("ieee",):
-        yield "*fp32", 4, exactness
-
-
-def variants() -> Iterator[Variant]:
-    """Every configuration, channels-last: forward, and the input's gradient of wide layers."""
-    for target, within in LIMITS.items():
-        for (dtype, size, exactness), (shape, sizes) in itertools.product(
-            dtypes(target), {"wide": WIDE, "first": FIRST}.items()
-        ):
-            for config in candidates(sizes, size, within, exactness == "tf32x3"):
-                flat = depth(size, sizes.inner, sizes.taps)[1]
-                for gradient in (False, True) if sizes is WIDE else (False,):
-                    constexprs: dict[str, object] = {
-                        "HAS_BIAS": not gradient,
-                        "RELU": not gradient,
-                        "FLAT": flat,
-                        "WIDEN": False,
-                        "INPUT_PRECISION": exactness,
-                        "stride_xc": 1,
-                        "stride_yc": 1,
-                        "stride_wo" if gradient else "stride_wc": 1,
-                    }
-                    yield variant(
-                        f"convolve {shape} gradient={gradient} {dtype[1:]} {exactness} {config} {target}",
-                        _convolve_kernel,
-                        config,
-                        constexprs,
-                        pointers={f"{p}_ptr": dtype for p in ("x", "w", "bias", "y")},
-                        aligned=[] if flat else [*ALIGNED, "inner", "columns"],
-                        targets=(target,),
-                        wgmma=config["BLOCK_M"] >= 64,
-                    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +20,10 @@ from torch import Tensor
 from tdeconv import torch_backend
 from tdeconv.geometry import Geometry
 from tdeconv.kernels import tuning
-from tdeconv.kernels.configs import Config, Limits, Variant, limits
+from tdeconv.kernels.configs import Config, Limits, limits
 from tdeconv.kernels.convolve import (
     _NARROW,
-    ALIGNED,
-    FIRST,
     LIBRARY,
-    WIDE,
     Product,
     Sizes,
     _accumulate,
@@ -35,7 +31,6 @@ from tdeconv.kernels.convolve import (
     axes,
     choices,
     configs,
-    dtypes,
     exact,
     fits,
     fitting,
@@ -47,7 +42,6 @@ from tdeconv.kernels.convolve import (
     three,
 )
 from tdeconv.kernels.launch import interpreted, launch
-from tdeconv.kernels.shipped import LIMITS, variant
 from tdeconv.layout import memory_format
 
 # Programs wanted of the product over pixels, and pixels that pay for one.
@@ -228,8 +222,8 @@ def input_sizes(x: Tensor, weight: Tensor, geo: Geometry) -> Sizes:
 
 
 # Tiles of output channels and columns, warps, stages of the pipeline.
-_SHAPES = ((128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 8, 3), (64, 64, 4, 4))
-_EXACT_SHAPES = ((64, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3))  # operands are held in two parts
+_SHAPES = ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 4))
+_EXACT_SHAPES = ((64, 128, 8, 3), (64, 64, 4, 3))  # operands are held in two parts
 _NARROW_SHAPES = ((64, 64, 8, 2),)
 
 
@@ -362,27 +356,3 @@ def _library(grad: Tensor, x: Tensor, weight: Tensor, geo: Geometry) -> tuple[Te
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, geo.stride, geo.padding, geo.dilation, False, zeros, geo.groups, [True, False, False]
     )
-
-
-# ----------------------------------------------------------------------------------------------------- ahead of time
-
-
-def variants() -> Iterator[Variant]:
-    """Every configuration of the weight's gradient, channels-last; the input's is the forward kernel's."""
-    for target, within in LIMITS.items():
-        for (dtype, size, exactness), (shape, sizes) in itertools.product(
-            dtypes(target), {"wide": WIDE, "first": FIRST}.items()
-        ):
-            for config in weight_candidates(sizes, size, within, exactness == "tf32x3"):
-                flat = _flat(sizes, config["BLOCK_N"])
-                yield variant(
-                    f"convolve_bwd_weight {shape} {dtype[1:]} {exactness} {config} {target}",
-                    _convolve_bwd_weight_kernel,
-                    config,
-                    {"FLAT": flat, "WIDEN": False, "INPUT_PRECISION": exactness, "stride_gc": 1, "stride_xc": 1},
-                    pointers={"grad_ptr": dtype, "x_ptr": dtype},
-                    aligned=[*ALIGNED, "columns"] if sizes is FIRST else [*ALIGNED, "columns", "inner"],
-                    targets=(target,),
-                    wgmma=config["BLOCK_M"] >= 64,
-                )
-    yield variant("add_parts", _add_parts_kernel, _ADD, {})

@@ -9,7 +9,6 @@ fixed order. Products are float32's everywhere: a weight is small, and an error 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from tdeconv import torch_backend
 from tdeconv.geometry import Geometry
-from tdeconv.kernels.configs import Config, Variant
+from tdeconv.kernels.configs import Config
 from tdeconv.kernels.launch import launch
 from tdeconv.kernels.precision import float32_products
-from tdeconv.kernels.shipped import AMD, NVIDIA, variant
 from tdeconv.torch_backend.fold import channels_last_weight
 
 # Programs wanted of the product over rows, of which a small covariance has too few tiles; and rows that pay for one.
@@ -482,46 +480,3 @@ def _statistics(
         splits=splits,
     )
     return grad_mean, grad_deconv
-
-
-# ----------------------------------------------------------------------------------------------------- ahead of time
-
-
-def variants() -> Iterator[Variant]:
-    """Every kernel as shipped, at the widths of layers, for weights of either layout."""
-    for precision, targets in (("tf32x3", NVIDIA), ("ieee", AMD)):
-        for rows, features in ((1, 9), (16, 27), (64, 27), (64, 64), (512, 576)):
-            config = product_config(rows, features)
-            end = f"rows={rows} d={features} {precision}"
-            aligned = ["features"] if features % 16 == 0 else []
-            for taps, dtype, gradient in ((1, "*fp32", False), (9, "*bf16", False), (9, "*fp32", True)):
-                for whole in (0, 1) if features <= config["BLOCK_F"] and not gradient else (0,):
-                    yield variant(
-                        f"fold_product {dtype[1:]} taps={taps} gradient={gradient} whole={whole} {end}",
-                        _fold_product_kernel,
-                        config,
-                        {
-                            "A_TAPS": taps,
-                            "OUT_TAPS": 9,
-                            "GRADIENT": gradient,
-                            "HAS_BIAS": True,
-                            "WHOLE": whole,
-                            "INPUT_PRECISION": precision,
-                            "stride_dk" if gradient else "stride_df": 1,
-                        },
-                        pointers={"a_ptr": dtype, "bias_ptr": dtype},
-                        aligned=[*aligned, "stride_df" if gradient else "stride_dk"],
-                        targets=targets,
-                        wgmma=config["BLOCK_R"] == config["BLOCK_F"] == 64,
-                    )
-            yield variant(
-                f"fold_bwd_statistics {end}",
-                _fold_bwd_statistics_kernel,
-                statistics_config(features),
-                {"W_TAPS": 9, "GRAD_TAPS": 9, "INPUT_PRECISION": precision},
-                aligned=aligned,
-                targets=targets,
-                wgmma=features >= 64,
-            )
-    yield variant("fold_bias", _fold_bias_kernel, _BIAS, {"HAS_BIAS": True})
-    yield variant("fold_bwd_finish", _fold_bwd_finish_kernel, _FINISH, {})

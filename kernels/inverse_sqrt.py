@@ -1,9 +1,12 @@
 """Second stage: the inverse root, exactly the n-step Newton-Schulz polynomial of the covariance, by products.
 
 Tiny matrices: one program each, every step in registers. Small ones: one program each, one product after another.
-Larger ones: a chain of phases over upper tiles, in one cooperative launch on a GPU, else a launch per phase. The
-gradient is the tangent of the same products (a polynomial of a symmetric matrix is its own adjoint); backward keeps the
-normalised covariance and recomputes the values beside the tangents, which lengthens no chain.
+Larger ones: a chain of phases over upper tiles, a launch per phase. The gradient is the tangent of the same products (a
+polynomial of a symmetric matrix is its own adjoint); backward keeps the normalised covariance and recomputes the values
+beside the tangents, which lengthens no chain.
+
+On NVIDIA all phases can be one cooperative launch with a barrier between them, for who sets ``TDECONV_COOPERATIVE=1``:
+no GPU has run it yet, and a barrier that fails does not raise, it hangs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from tdeconv.kernels.newton_schulz import TANGENT, Program, plan, program
 
 TINY = 16  # up to here a matrix and all its tangents fit one warp's registers
 SMALL = 64  # up to here one program per matrix
-COOPERATIVE = 1024  # up to here the barriers of one launch cost less than a launch per phase
+COOPERATIVE = 1024  # beyond, a launch per phase is little beside its work
 BLOCK_K = 32  # the inner product's order of summation is policy: the same in every candidate
 PARTS, CHUNK = 32, 2048  # and so is the norm's
 _DENSE: dict[str, Any] = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
@@ -120,20 +123,14 @@ def _small(backward: bool, work: Tensor, n_iter: int, pointers: dict[str, Tensor
 
 def candidates(features: int, within: Limits) -> tuple[Config, ...]:
     """The heuristic choice first: small tiles while the device is not full, since the chain's length is what costs."""
-    default = (
-        Config.of(4, 3, BLOCK=32, BLOCK_K=BLOCK_K) if features <= 256 else Config.of(8, 3, BLOCK=64, BLOCK_K=BLOCK_K)
-    )
-    others = [
-        Config.of(w, s, BLOCK=b, BLOCK_K=BLOCK_K) for b, w in ((32, 4), (64, 4), (64, 8), (128, 8)) for s in (2, 3, 4)
-    ]
-    fitting = [c for c in (default, *others) if _fits(c, features, within)]
-    return tuple(dict.fromkeys(fitting)) or (Config.of(4, 1, BLOCK=32, BLOCK_K=BLOCK_K),)
+    shapes = ((32, 4), (64, 8), (64, 4)) if features <= 256 else ((64, 8), (64, 4), (32, 4))
+    options = [Config.of(warps, 3, BLOCK=block, BLOCK_K=BLOCK_K) for block, warps in shapes]
+    fitting = [c for c in options if _fits(c, within)]
+    return tuple(fitting) or (Config.of(4, 1, BLOCK=32, BLOCK_K=BLOCK_K),)
 
 
-def _fits(config: Config, features: int, within: Limits) -> bool:
+def _fits(config: Config, within: Limits) -> bool:
     block = config["BLOCK"]
-    if block == 128 and features < COOPERATIVE:
-        return False
     tile = block * BLOCK_K
     # both factors staged, and again in two halves; the accumulator and the epilogue's operands
     return legal(config, within, staged=2 * tile * 4, kept=2 * tile * 4, held=3 * block * block + 4 * tile)
@@ -161,7 +158,7 @@ class _Layout(NamedTuple):
         rows = -(-work.shape[-1] // config["BLOCK"])
         return cls(work.shape[0], work.shape[-1], rows * config["BLOCK"], rows * (rows + 1) // 2, config, work.device)
 
-    def arguments(self, *names: str) -> dict[str, int]:
+    def arguments(self, *names: str) -> dict[str, Any]:
         known = {"batch": self.batch, "D": self.features, "P": self.padded, "tiles": self.tiles}
         return {name: known[name] for name in names}
 
@@ -210,9 +207,9 @@ def _tables(n_iter: int, tangents: bool, device: torch.device) -> _Tables:
 
 
 def _cooperative(device: torch.device, features: int) -> bool:
-    """Whether the phases are one launch; not on AMD, for the same reason, nor where the environment forbids it."""
-    forbidden = _amd(device) or os.environ.get("TDECONV_COOPERATIVE") == "0"
-    return device.type == "cuda" and features <= COOPERATIVE and not forbidden
+    """Whether the phases are one launch: where the environment asks for it; not on AMD, for the same reason."""
+    asked = os.environ.get("TDECONV_COOPERATIVE") == "1"
+    return asked and device.type == "cuda" and not _amd(device) and features <= COOPERATIVE
 
 
 def _at_once(kernel: Any, lay: _Layout, most: int, arguments: dict[str, Any]) -> None:

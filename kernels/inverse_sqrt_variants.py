@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from tdeconv.kernels import inverse_sqrt_entries as entries
 from tdeconv.kernels import inverse_sqrt_tiny as tiny
 from tdeconv.kernels.configs import Config, Limits, Variant
-from tdeconv.kernels.inverse_sqrt import CHUNK, PARTS, candidates, small_config, tiny_plan
+from tdeconv.kernels.inverse_sqrt import BLOCK_K, CHUNK, PARTS, candidates, small_config, tiny_plan
+from tdeconv.kernels.shipped import AMD, NVIDIA, by_config
 
-_NVIDIA, _AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
-_LIMITS = {_NVIDIA: Limits(shared=166912), _AMD: Limits(shared=65536, registers=512, warp=64)}
-_EXACT = {_NVIDIA: "tf32x3", _AMD: "ieee"}
+_EXACT = {NVIDIA: "tf32x3", AMD: "ieee"}
 _SIZES = {"batch": "i32", "D": "i32", "P": "i32", "tiles": "i32"}
 _TABLES = {"phases_ptr": "*i32", "ints_ptr": "*i32", "floats_ptr": "*fp32"}
 
@@ -27,7 +25,7 @@ def _aligned(signature: dict[str, str]) -> tuple[str, ...]:
 
 
 def _expected(targets: tuple[str, ...], block: int) -> dict[str, str]:
-    if targets == _AMD:
+    if targets == AMD:
         return {"gfx942": "mfma"}
     return {"sm_80": "mma", "sm_90": "wgmma" if block >= 64 else "mma"}
 
@@ -35,7 +33,7 @@ def _expected(targets: tuple[str, ...], block: int) -> dict[str, str]:
 def _small() -> Iterator[Variant]:
     pointers = {"fwd": _floats("cov", "root", "basis", "norm"), "bwd": _floats("grad", "basis", "norm", "out")}
     for targets, how in _EXACT.items():
-        for n_iter in (5, 15):
+        for n_iter in (5, 15) if targets == NVIDIA else (5,):
             for name, fn in (("fwd", tiny._inverse_sqrt_tiny_fwd_kernel), ("bwd", tiny._inverse_sqrt_tiny_bwd_kernel)):
                 yield Variant(
                     f"inverse_sqrt_tiny_{name} n={n_iter} {how}",
@@ -45,9 +43,8 @@ def _small() -> Iterator[Variant]:
                     small_config(9),
                     expected=_expected(targets, 16),
                     targets=targets,
-                    default=n_iter == 5,
                 )
-        if targets == _AMD:
+        if targets == AMD:
             continue
         more = {**_floats("part", "ws"), "ints_ptr": "*i32", "floats_ptr": "*fp32", "ops": "i32"}
         sizes = {"batch": "i32", "D": "i32"}
@@ -58,7 +55,7 @@ def _small() -> Iterator[Variant]:
                 ("bwd", entries._inverse_sqrt_whole_bwd_kernel, {"result": "i32", "tangent": "i32"}),
             ):
                 yield Variant(
-                    f"inverse_sqrt_whole_{name} {how}",
+                    f"inverse_sqrt_whole_{name} {how} d={features}",
                     fn,
                     {**pointers[name], **more, **extra, **sizes},
                     {"CHUNK": CHUNK, "PRECISION": how},
@@ -72,43 +69,56 @@ def _products() -> Iterator[Variant]:
     """Phase by phase, and all in one launch."""
     step = {"first": "i32", "ops": "i32", **_floats("ws", "root", "norm"), **_TABLES, **_SIZES}
     del step["phases_ptr"]
+    for targets, exact in _EXACT.items():
+        for how in (exact, "bf16x3"):
+            for config, first, where in by_config(_candidates, targets):
+                block = config["BLOCK"]
+                default = first or config == Config.of(8, 3, BLOCK=64, BLOCK_K=BLOCK_K)  # of large matrices
+                if not default and how != exact:
+                    continue  # compiles as the default's
+                for last in (False, True) if default and targets == NVIDIA else (False,):
+                    yield Variant(
+                        f"inverse_sqrt_phase{' last' if last else ''} {how} {block}x{block}",
+                        entries._inverse_sqrt_product_kernel,
+                        step,
+                        {"TO_ROOT": last, "PRECISION": how},
+                        config,
+                        expected=_expected(targets, block),
+                        targets=where,
+                        aligned=_aligned(step),
+                        default=default,
+                    )
+                if default and targets == NVIDIA:
+                    yield from _at_once(how, config, where)
+
+
+def _at_once(how: str, config: Config, targets: tuple[str, ...]) -> Iterator[Variant]:
     forward = {**_floats("cov", "root", "basis", "norm", "part", "ws"), **_TABLES, "barrier_ptr": "*i32"}
     forward |= {"phases": "i32", **_SIZES}
     backward = {**_floats("grad", "basis", "norm", "out", "part", "ws"), **_TABLES, "barrier_ptr": "*i32"}
     backward |= {"phases": "i32", "result": "i32", "tangent": "i32", **_SIZES}
-    sums = {"PARTS": PARTS, "CHUNK": CHUNK}
-    for targets, exact in _EXACT.items():
-        for how in (exact, "bf16x3"):
-            for config, default in _shipped(_LIMITS[targets]):
-                block = config["BLOCK"]
-                kernels: list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]] = [
-                    ("phase", entries._inverse_sqrt_product_kernel, step, {"TO_ROOT": False}, {})
-                ]
-                if block <= 64 and targets == _NVIDIA:
-                    together: dict[str, Any] = {"launch_cooperative_grid": True}
-                    kernels.append(("grid_fwd", entries._inverse_sqrt_cooperative_fwd_kernel, forward, sums, together))
-                    kernels.append(("grid_bwd", entries._inverse_sqrt_cooperative_bwd_kernel, backward, sums, together))
-                for name, fn, signature, constexprs, options in kernels:
-                    yield Variant(
-                        f"inverse_sqrt_{name} {how} {block}x{block}",
-                        fn,
-                        signature,
-                        {**constexprs, "PRECISION": how},
-                        config,
-                        expected=_expected(targets, block),
-                        targets=targets,
-                        options=options,
-                        aligned=_aligned(signature),
-                        default=default,
-                    )
+    block = config["BLOCK"]
+    for name, fn, signature in (
+        ("fwd", entries._inverse_sqrt_cooperative_fwd_kernel, forward),
+        ("bwd", entries._inverse_sqrt_cooperative_bwd_kernel, backward),
+    ):
+        yield Variant(
+            f"inverse_sqrt_grid_{name} {how} {block}x{block}",
+            fn,
+            signature,
+            {"PARTS": PARTS, "CHUNK": CHUNK, "PRECISION": how},
+            config,
+            expected=_expected(NVIDIA, block),
+            targets=targets,
+            options={"launch_cooperative_grid": True},
+            aligned=_aligned(signature),
+            default=False,
+        )
 
 
-def _shipped(within: Limits) -> Iterator[tuple[Config, bool]]:
-    """Every candidate of any size, and whether it is the first of some."""
-    sizes = (100, 576, 2048)
-    first = {candidates(d, within)[0] for d in sizes}
-    for config in dict.fromkeys(c for d in sizes for c in candidates(d, within)):
-        yield config, config in first
+def _candidates(within: Limits) -> tuple[Config, ...]:
+    """Every candidate of any size, the heuristic choice for small ones first."""
+    return tuple(dict.fromkeys(c for features in (100, 576) for c in candidates(features, within)))
 
 
 def _sums() -> Iterator[Variant]:

@@ -11,8 +11,6 @@ written out once, into a bounded workspace, and the product reads those.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,10 +21,10 @@ from torch import Tensor
 from tdeconv import torch_backend
 from tdeconv.geometry import Geometry
 from tdeconv.kernels import precision, tuning
-from tdeconv.kernels.configs import Config, Limits, Variant, legal, limits
+from tdeconv.kernels.configs import Config, Limits, legal, limits
 from tdeconv.kernels.patch_tiles import columns, load_tile, round_tf32, row_indices, row_offsets, tile_at
 from tdeconv.kernels.patches import TILE, Columns, Source, dense, image_parts, source
-from tdeconv.kernels.recording import recorded, start, variants_of
+from tdeconv.kernels.recording import start
 
 _PILOT = Config.of(4, 1, BLOCK_M=64)  # rows whose mean is the shift
 _FINISH = Config.of(4, 1, BLOCK_E=128, BLOCK_Z=16)
@@ -240,7 +238,7 @@ def gram_candidates(src: Source, exact: bool) -> list[Config]:
     Exact products on tensor cores take three passes over split operands, which need the registers of fewer rows;
     elements loaded one by one need more addresses, and warps to hold them.
     """
-    rows, stages = (32, (3, 2, 4, 1)) if exact else (64, (3, 2, 4))
+    rows, stages = (32, (3, 2)) if exact else (64, (3, 2))
     warps = 8 if src.cols.tile == TILE and not src.contiguous else 4
     return [Config.of(warps, n, BLOCK_M=rows, BLOCK_D=src.cols.tile) for n in stages]
 
@@ -406,47 +404,3 @@ def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
             patches = source(geo, part)
             sums.add(write_patches(part, patches), dense(patches), how)
     return sums.finish(src, src.count)
-
-
-# ------------------------------------------------------------------------------------------------- ahead of time
-
-# Layers whose launches differ in kind: (label, shape of x, channels-last, kernel, groups, block, grouping).
-LAYERS = (
-    ("first 3x3", (64, 3, 224, 224), False, 3, 1, 64, "interleaved"),
-    ("3x3 runs", (64, 64, 56, 56), True, 3, 1, 64, "interleaved"),
-    ("3x3 runs nchw", (64, 64, 56, 56), False, 3, 1, 64, "interleaved"),
-    ("3x3 contiguous", (64, 128, 28, 28), True, 3, 1, 64, "contiguous"),
-    ("3x3 interleaved", (64, 128, 28, 28), True, 3, 1, 64, "interleaved"),
-    ("3x3 interleaved small", (64, 64, 28, 28), True, 3, 1, 4, "interleaved"),
-    ("1x1", (64, 256, 56, 56), True, 1, 1, 64, "interleaved"),
-    ("1x1 nchw", (64, 64, 57, 56), False, 1, 1, 64, "interleaved"),
-    ("depthwise", (64, 96, 56, 56), True, 3, 96, 64, "interleaved"),
-    ("linear", (256, 4096), False, 0, 1, 512, "contiguous"),
-)
-
-
-def layers() -> Iterator[tuple[str, Tensor, Geometry]]:
-    """Inputs without memory, and geometries, of the layers that are compiled ahead of time."""
-    for label, shape, last, kernel, groups, block, grouping in LAYERS:
-        rank = len(shape) - 2
-        one = (1,) * rank
-        per = shape[1] // groups if groups > 1 else block if shape[1] >= block else shape[1]
-        geo = Geometry(
-            shape[1], (kernel,) * rank, one, (kernel // 2,) * rank, one, groups, per, grouping, 3 if rank else 1
-        )
-        for dtype in (torch.bfloat16, torch.float32):
-            x = torch.empty(shape, dtype=dtype, device="meta")
-            if last:
-                x = x.to(memory_format=torch.channels_last)
-            yield f"{label} {str(dtype).removeprefix('torch.')}", x, geo
-
-
-def variants() -> Iterator[Variant]:
-    for label, x, geo in layers():
-        src = source(geo, x)
-        if not src.cols.direct:
-            src = dense(src)
-        launches = recorded(lambda x=x, geo=geo: patch_moments(x, geo))  # type: ignore[misc]
-        grams = [launched for launched in launches if launched.kernel is _patch_moments_gram_kernel]
-        yield from variants_of(label, [launched for launched in launches if launched not in grams])
-        yield from variants_of(label, grams[:1], functools.partial(gram_candidates, src), gram_legal)

@@ -9,7 +9,6 @@ of the taps. No atomics: the same bits every time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor
 from tdeconv import torch_backend
 from tdeconv.geometry import Geometry
 from tdeconv.kernels import precision, tuning
-from tdeconv.kernels.configs import Config, Limits, Variant, legal, limits
-from tdeconv.kernels.patch_moments import layers, write_patches
+from tdeconv.kernels.configs import Config, Limits, legal, limits
+from tdeconv.kernels.patch_moments import write_patches
 from tdeconv.kernels.patch_tiles import columns, load_tile, round_tf32, row_indices, row_offsets, tile_at
-from tdeconv.kernels.patches import Columns, Source, columns_of, dense, image_parts, overlapping, source
-from tdeconv.kernels.recording import recorded, start, variants_of
+from tdeconv.kernels.patches import Columns, Source, dense, image_parts, overlapping, source
+from tdeconv.kernels.recording import start
 
 _GATHER = Config.of(4, 1, BLOCK_P=32, BLOCK_C=32)
 _GATHER_INTERPRETED = Config.of(4, 1, BLOCK_P=256, BLOCK_C=64)  # fewer programs
@@ -182,7 +181,7 @@ def products(device: torch.device) -> dict[str, Any]:
 def candidates(cols: Columns) -> list[Config]:
     """The default first. They differ in prefetching alone: no sum changes its order with the winner."""
     width, step = cols.tile, min(cols.tile, 32)
-    stages = (1,) if cols.padded == step else (3, 2, 4, 1)
+    stages = (1,) if cols.padded == step else (3, 2)
     return [Config.of(4, n, BLOCK_M=64, BLOCK_D=width, BLOCK_K=step) for n in stages]
 
 
@@ -315,22 +314,3 @@ def patch_moments_backward_(
         else:
             factors.multiply(write_patches(x_part, patches), dense(patches), rows, in_place=False)
         _gather(rows, grad_part, geo, patches)
-
-
-# ------------------------------------------------------------------------------------------------- ahead of time
-
-
-def variants() -> Iterator[Variant]:
-    for label, x, geo in layers():
-        cols = columns_of(geo)
-        mean = x.new_empty((cols.groups, cols.features), dtype=torch.float32)
-        cov = mean.new_empty(cols.groups, cols.features, cols.features)
-        launches = recorded(
-            lambda x=x, geo=geo, mean=mean, cov=cov: patch_moments_backward_(  # type: ignore[misc]
-                torch.empty_like(x), x, mean, mean, cov, geo
-            )
-        )
-        seen = {launched.kernel: launched for launched in reversed(launches)}
-        product = seen.pop(_patch_moments_bwd_kernel)
-        yield from variants_of(label, seen.values())
-        yield from variants_of(label, [product], lambda _, cols=cols: candidates(cols), fits)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdeconv.kernels.configs import Config, Limits, Variant
 from tdeconv.kernels.launch import launch
-from tdeconv.kernels.shipped import LIMITS
+from tdeconv.kernels.shipped import AMD, NVIDIA, by_config
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
@@ -68,37 +68,53 @@ def _specialised(launched: Launch) -> tuple[dict[str, str], dict[str, object], t
     return signature, constants, tuple(aligned)
 
 
+def _ways(constants: dict[str, object], full: bool) -> Iterator[tuple[dict[str, object], tuple[str, ...]]]:
+    """How a launch may multiply, and for which targets; unless ``full``, only as by default on NVIDIA."""
+    if "INPUT_PRECISION" not in constants:
+        ways = (False, True) if "ROUND" in constants and full else (constants.get("ROUND"),)
+        yield from (({} if way is None else {"ROUND": way}, NVIDIA + AMD) for way in ways)
+        return
+    if constants["ROUND"]:
+        yield {"ROUND": True, "INPUT_PRECISION": "tf32"}, NVIDIA
+    if full or not constants["ROUND"]:
+        yield {"ROUND": False, "INPUT_PRECISION": "tf32x3"}, NVIDIA
+    if full:
+        yield {"ROUND": False, "INPUT_PRECISION": "ieee"}, AMD
+
+
 def variants_of(
     label: str,
     launches: Iterable[Launch],
     candidates: Callable[[bool], Iterable[Config]] | None = None,
     legal: Legal = _any,
+    full: bool = True,
 ) -> Iterator[Variant]:
-    """Every precision of the recorded launches, with every candidate for exact products or for rounded values (or
-    as launched, without candidates), for the targets on which each is legal.
+    """The recorded launches for the ahead-of-time compiler.
+
+    Args:
+        label: what was launched, for the names.
+        launches: from :func:`recorded`.
+        candidates: configurations for exact products or for rounded values, the default first; None for as launched.
+        legal: whether a target takes a configuration.
+        full: with every precision, AMD's included, and, at the default one, every candidate; else the default alone.
     """
     for launched in launches:
         signature, constants, aligned = _specialised(launched)
         name = f"{launched.kernel.fn.__name__.strip('_').removesuffix('_kernel')} {label}"
         x = launched.arguments.get("x_ptr")
         size = 4 if x is None else x.element_size()
-        ways: list[dict[str, object]] = [{}]
-        if "INPUT_PRECISION" in constants:
-            ways = [{"ROUND": p == "tf32", "INPUT_PRECISION": p} for p in ("tf32", "tf32x3", "ieee")]
-        elif "ROUND" in constants:
-            ways = [{"ROUND": r} for r in (False, True)]
-        for way in ways:
-            exact = way.get("INPUT_PRECISION") != "tf32"
-            for config in [launched.config] if candidates is None else candidates(exact):
-                targets = tuple(t for t, within in LIMITS.items() if legal(config, within, size))
-                # NVIDIA's are the tf32 products, AMD's the plain ones
-                kind = way.get("INPUT_PRECISION")
-                if kind is not None:
-                    targets = tuple(t for t in targets if (kind == "ieee") == t.startswith("gfx"))
-                if targets:
-                    precise = "".join(f" {v}" for k, v in way.items() if k == "INPUT_PRECISION")
+        for number, (way, targets) in enumerate(_ways(constants, full)):
+            kind = way.get("INPUT_PRECISION")
+            how = f" {kind}" if kind else " rounded" if way.get("ROUND") else ""
+            own = [launched.config] if candidates is None else list(candidates(kind != "tf32"))
+
+            def fitting(within: Limits, own: list[Config] = own) -> list[Config]:
+                return [config for config in own if legal(config, within, size)]  # noqa: B023  (used at once)
+
+            for config, default, where in by_config(fitting, targets):
+                if default or (full and number == 0):
                     expected = {"sm_90": "wgmma"} if kind is not None and config["BLOCK_D"] >= 64 else {}
                     yield Variant(
-                        f"{name}{precise} [{config}]", launched.kernel, signature, constants | way, config,
-                        expected, targets, aligned=aligned,
+                        f"{name}{how}", launched.kernel, signature, constants | way, config,
+                        expected, where, aligned=aligned, default=default,
                     )  # fmt: skip

@@ -27,7 +27,7 @@ def test_a_kernel_for_every_target(tmp_path):
     found = {row["target"]: row for row in rows}
     assert set(found) == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert found["sm_90"]["spills"] == 0
-    assert found["sm_90"]["instructions"]["wgmma"] % 3 == 0 or found["sm_90"]["instructions"]["wgmma"] >= 3
+    assert found["sm_90"]["instructions"]["wgmma"] >= 3  # passes
     assert found["sm_80"]["instructions"]["mma"] > 0
     assert found["gfx942"]["instructions"]["mfma"] > 0
     assert all(0 < row["registers"] <= 512 and 0 < row["shared"] <= 232448 for row in rows)
@@ -35,14 +35,15 @@ def test_a_kernel_for_every_target(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_heuristic_configuration_for_sm_90(tmp_path):
-    result = aot(tmp_path, "--quick", "--target", "sm_90")
+def test_every_kernel_for_sm_90(tmp_path):
+    result = aot(tmp_path, "--one", "--target", "sm_90")
     assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("\n| ") >= 20
 
 
-@pytest.mark.parametrize("target", ["sm_90"])
-def test_the_cooperative_launch(tmp_path, target):
-    result = aot(tmp_path, "--only", "inverse_sqrt_grid_fwd tf32x3 64x64", "--quick", "--target", target)
+@pytest.mark.slow
+def test_the_cooperative_launch(tmp_path):
+    result = aot(tmp_path, "--only", "inverse_sqrt_grid_fwd tf32x3 64x64", "--target", "sm_90")
     assert result.returncode == 0, result.stdout + result.stderr
 
 

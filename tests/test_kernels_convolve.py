@@ -21,16 +21,19 @@ from tdeconv.kernels.configs import Limits, cuda_limits
 forward, backward = (importlib.import_module(f"tdeconv.kernels.{name}") for name in ("convolve", "convolve_backward"))
 
 BOUND = 1e-6
+SHIPPED = (forward.Sizes(1 << 16, 256, 256, 9), forward.Sizes(1 << 16, 64, 3, 49))  # a wide layer's and a first one's
 CASES = named(
     "plain odd_sizes odd_sizes_unpadded stride_two stride_larger_than_kernel stride_rectangular dilation_rectangular "
-    "stride_dilation_padding kernel_1x3 kernel_3x2 kernel_even groups_two groups_one_output_each depthwise "
+    "stride_dilation_padding kernel_1x3 kernel_3x2 kernel_even groups_two groups_one_output_each "
     "pointwise_strided pointwise_padded pointwise_groups_channels_last channels_last sliced "
     "transposed expanded_batch positions_in_padding_only kernel_covers_input past_the_half_gram conv1d_groups_dilated "
     "conv1d_block_sliced conv3d_block_strided_rectangular",
-    "depthwise_two_outputs_each "
+    "depthwise depthwise_two_outputs_each "
     "kernel_five conv3d conv3d_depthwise_channels_last wide_channels wide_channels_strided_dilated wide_few_pixels "
     "wide_few_pixels_strided wide_pointwise wide_channels_last sixty_four_channels conv1d_wide conv3d_wide",
 )
+# 32 channels of a tap at a time, and a few more
+CASES.append(pytest.param(Case("channels_past_a_step", (2, 37, 3, 4), out=5, kernel=(1, 2)), id="channels_past_a_step"))
 
 
 @pytest.fixture
@@ -175,7 +178,7 @@ def test_pixels_in_parts(monkeypatch):
 @pytest.mark.parametrize("within", [cuda_limits(8, 0), cuda_limits(9, 0), cuda_limits(12, 0), Limits(65536, 512, 64)])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_there_is_a_configuration_for_every_device(within, itemsize):
-    for sizes in (forward.WIDE, forward.FIRST, forward.Sizes(1, 1, 1, 9), forward.Sizes(1 << 20, 64, 64, 1)):
+    for sizes in (*SHIPPED, forward.Sizes(1, 1, 1, 9), forward.Sizes(1 << 20, 64, 64, 1)):
         assert forward.candidates(sizes, itemsize, within)
         assert backward.weight_candidates(sizes, itemsize, within)
 

@@ -31,8 +31,8 @@ def strict():
 
 
 CASES = named(
-    "plain groups_two block_by_gcd pointwise_block channels_last_block_stride conv1d_groups_dilated linear_by_gcd",
-    "stride_two dilation_rectangular depthwise contiguous_grouping sliced odd_sizes "
+    "block_by_gcd pointwise_block channels_last_block_stride conv1d_groups_dilated linear_by_gcd",
+    "plain groups_two stride_two dilation_rectangular depthwise contiguous_grouping sliced odd_sizes "
     "kernel_even sampling_three pointwise_strided pointwise_groups_channels_last block_coprime bias_off "
     "positions_in_padding_only expanded_batch conv1d conv3d conv3d_block_strided_rectangular past_the_half_gram "
     "sixty_four_channels linear linear_sliced_bias_off linear_wide",
@@ -141,7 +141,7 @@ def test_nothing_of_the_inputs_size_is_saved_but_the_input(kernel, layout):
 
 @interpreted
 def test_same_bits_twice():
-    case = case_named("block_by_gcd")
+    case = case_named("pointwise_block")
     with convolution.use("triton"):
         first, second = (run_case(case, "triton", torch.float32, case.tensors(torch.float32)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cases import CASES, Case
-from helpers import assert_close, difference, randn
+from helpers import assert_close, randn
 from tdeconv import reference, torch_backend
 from tdeconv.geometry import Geometry
 
@@ -26,19 +26,17 @@ pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_I
 
 # One of every kind: layouts, ranks, groupings, packs, tables, runs, workspaces, overlaps, padding. The rest is slow.
 QUICK = {
-    "sampling_three", "sampling_past_the_end", "stride_two", "stride_larger_than_kernel", "kernel_3x2",
-    "dilation_rectangular", "groups_contiguous", "groups_one_output_each", "depthwise_two_outputs_each", "block_one",
-    "contiguous_by_gcd_rectangular", "pointwise", "pointwise_padded", "pointwise_block",
-    "pointwise_groups_channels_last", "pointwise_sliced", "channels_last_block_stride", "expanded_batch",
-    "sampled_in_padding_only", "kernel_covers_input", "single_sample", "fewer_samples_than_features",
-    "wide_pointwise", "conv1d_wide", "conv1d_groups_dilated", "conv3d_block_strided_rectangular", "linear",
-    "linear_sliced_bias_off", "linear_wide",
+    "sampling_past_the_end", "stride_two", "stride_larger_than_kernel", "kernel_3x2", "dilation_rectangular",
+    "groups_one_output_each", "contiguous_by_gcd_rectangular", "pointwise", "pointwise_block",
+    "pointwise_groups_channels_last", "channels_last_block_stride", "expanded_batch", "sampled_in_padding_only",
+    "single_sample", "fewer_samples_than_features", "wide_pointwise", "conv1d_groups_dilated",
+    "conv3d_block_strided_rectangular", "linear",
 }  # fmt: skip
 EXTRA = [
     Case("runs", (2, 64, 3, 5), kernel=(1, 2), padding=1, sampling_stride=3, layout="channels_last"),
     Case("runs_contiguous_vectors", (1, 128, 4, 4), kernel=(1, 2), grouping="contiguous", layout="channels_last"),
     Case("runs_overlapping", (2, 64, 3, 4), kernel=(1, 2), sampling_stride=1),
-    Case("several_splits", (3, 4, 40, 30), kernel=1, sampling_stride=1),
+    Case("several_splits", (3, 4, 24, 18), kernel=1, sampling_stride=1),
     Case("interleaved_workspace", (3, 64, 3, 4), padding=1, block=8, sampling_stride=3, layout="channels_last"),
     Case("groups_workspace", (2, 36, 4, 4), padding=1, groups=2, sampling_stride=1),
 ]
@@ -131,8 +129,8 @@ def test_half_precision_input(name, dtype):
 
 
 @pytest.mark.parametrize("policy", precision.POLICIES)
-@pytest.mark.parametrize("offset", [0, 10, 100, 1000])
-@pytest.mark.parametrize("kernel", [1, (1, 3)])
+@pytest.mark.parametrize("offset", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 100)), 1000])
+@pytest.mark.parametrize("kernel", [pytest.param(1, marks=pytest.mark.slow), (1, 3)])
 def test_mean_far_above_the_spread(kernel, offset, policy):
     """Nothing cancels: the covariance keeps its digits and its smallest eigenvalue its sign."""
     case = Case("offset", (8, 5, 26, 26), kernel=kernel, sampling_stride=1)
@@ -168,7 +166,7 @@ def test_adds_in_place_in_any_layout(name, layout):
     assert torch.equal(actual[untouched], base[untouched])
 
 
-@pytest.mark.parametrize("name", ["several_splits", "interleaved_workspace", "runs_overlapping", "pointwise_block"])
+@pytest.mark.parametrize("name", ["several_splits", "runs_overlapping", "pointwise_block"])
 def test_same_bits_twice(name):
     case = case_named(name)
     x, exact, gradients = inputs(case, torch.float32)
@@ -177,7 +175,7 @@ def test_same_bits_twice(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["interleaved_workspace", "groups_workspace"])
+@pytest.mark.parametrize("name", ["interleaved_workspace", pytest.param("groups_workspace", marks=pytest.mark.slow)])
 def test_workspace_of_one_image_at_a_time(name, monkeypatch):
     case = case_named(name)
     x, exact, gradients = inputs(case, torch.float32)
@@ -216,15 +214,3 @@ def test_overlapping(kernel, stride, dilation, expected):
         for k in range(kernel):
             count[p * stride + k * dilation] += 1
     assert (count.max() > 1) == expected == patches.overlapping(geo, (1, 1, 24))
-
-
-def test_variants_match_the_kernels():
-    """Every argument of every variant is there, once; names are unique."""
-    names = set()
-    for module in (forward, backward):
-        for variant in module.variants():
-            given = [*variant.signature, *variant.constexprs, *dict(variant.config.blocks)]
-            assert sorted(given) == sorted(variant.fn.arg_names), variant.name
-            names.add((variant.name, variant.fn))
-    assert len(names) > 50
-    assert difference(torch.ones(1), torch.ones(1)) == 0

@@ -84,16 +84,8 @@ def accuracy(model: nn.Module, data: DataSet, device: torch.device) -> float:
     return right.item() / len(data.test[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo's small network on several processes.")
-    parser.add_argument("--data", choices=("digits", "photographs"), default="digits")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together (default: %(default)s)")
-    parser.add_argument("--sync", choices=("on", "off"), default="on", help="statistics over all processes, or not")
-    parser.add_argument("--compile", action="store_true", help="compile the network")
-    args = parser.parse_args()
-
-    device = start()
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Every epoch's loss and accuracy, printed by the first process."""
     data = load(args.data)
     torch.manual_seed(0)
     net = build("slim", "deconvolution", data.channels, len(data.classes)).to(device)
@@ -111,6 +103,18 @@ def main() -> None:
         right = accuracy(net, data, device)
         if dist.get_rank() == 0:
             print(f"epoch {epoch}: training loss {loss:.4f}, test accuracy {right:.2%}")  # noqa: T201
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo's small network on several processes.")
+    parser.add_argument("--data", choices=("digits", "photographs"), default="digits")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together (default: %(default)s)")
+    parser.add_argument("--sync", choices=("on", "off"), default="on", help="statistics over all processes, or not")
+    parser.add_argument("--compile", action="store_true", help="compile the network")
+    args = parser.parse_args()
+
+    train(args, start())  # whose network has gone before the processes' connections go
     dist.barrier()  # none may take its end of a connection away while another still uses it
     dist.destroy_process_group()
 

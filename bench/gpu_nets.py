@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-_declared: list[torch.library.Library] = []
-
-
-def torchvision() -> Any:
-    """The package, or None. Beside a torch that its operators were not built for, their names are enough for models."""
-    try:
-        return importlib.import_module("torchvision")
-    except ImportError:
-        return None
-    except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # what a library declared goes with it
-        return importlib.import_module("torchvision")
+from tdeconv.vision import torchvision
 
 
 class Bottleneck(nn.Module):
@@ -88,7 +71,10 @@ SIZE = {"tiny": 6}  # of the images; else 224
 
 def build(network: str) -> tuple[nn.Module, str]:
     """The network with batch norm, random weights, and whose code it is."""
-    package = torchvision() if network in PUBLIC else None
+    try:
+        package = torchvision() if network in PUBLIC else None
+    except ImportError:
+        package = None
     if package is None:
         return OWN[network](), "written out"
     return package.models.get_model(PUBLIC[network], weights=None), f"torchvision {package.__version__}"

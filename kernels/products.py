@@ -22,9 +22,9 @@ def dot(x, y, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     if PRECISION == "bf16x3":
         x_high, y_high = x.to(tl.bfloat16), y.to(tl.bfloat16)
         x_low, y_low = (x - x_high.to(tl.float32)).to(tl.bfloat16), (y - y_high.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(x_low, y_high, acc)
-        acc = tl.dot(x_high, y_low, acc)
-        return tl.dot(x_high, y_high, acc)
+        acc = tl.dot(x_low, y_high, acc, input_precision="ieee")  # as it is for bfloat16: said, not left open
+        acc = tl.dot(x_high, y_low, acc, input_precision="ieee")
+        return tl.dot(x_high, y_high, acc, input_precision="ieee")
     elif PRECISION == "bf16x3 emulated":
         x_high, y_high = _as_bfloat16(x), _as_bfloat16(y)
         x_low, y_low = _as_bfloat16(x - x_high), _as_bfloat16(y - y_high)

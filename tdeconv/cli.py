@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tdeconv import __version__, backends, checks
 from tdeconv.convert import convert_deconv
+from tdeconv.vision import torchvision
 
 # Which of pip's extras brings a module that a command may find missing.
 _EXTRAS = {
@@ -180,7 +181,7 @@ def _model(name: str) -> nn.Module:
     """
     module, colon, function = name.partition(":")
     if not colon:
-        model = import_module("torchvision").models.get_model(name, weights=None)
+        model = torchvision().models.get_model(name, weights=None)
     else:
         sys.path.insert(0, os.getcwd())
         try:

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-_declared: list[torch.library.Library] = []
-
-
-@functools.cache
-def torchvision() -> Any:
-    """The package. Its compiled operators fit one build of torch; beside another, their names are enough for models."""
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # what a library declared goes with it
-        return importlib.import_module("torchvision")
+from tdeconv.vision import torchvision
 
 
 def timm() -> Any:

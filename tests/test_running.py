@@ -107,7 +107,7 @@ def test_warns_once_and_then_never():
 def test_finite_values_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        update_((torch.ones(2),), (torch.zeros(2),), 0.1)
+        assert update_((torch.ones(2),), (torch.zeros(2),), 0.1)
 
 
 def test_no_gradient_flows_into_the_buffers():

@@ -5,7 +5,6 @@ Every set is 8-bit images ``(N, C, H, W)`` with labels ``(N)``; nothing is downl
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdeconv.demo.errors import DemoError
+from tdeconv.vision import torchvision
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -211,23 +211,9 @@ def from_torchvision(name: str, root: Path | None, download: bool) -> DataSet:
 
 
 def _torchvision_datasets() -> Any:
-    """``torchvision.datasets``, also where torchvision's compiled operators cannot be loaded.
-
-    Built for another PyTorch (CUDA's beside a CPU one), torchvision fails at import: it describes operators that
-    were not loaded. Their names are then declared, which is all that reading images needs.
-    """
+    """``torchvision.datasets``, also where torchvision's compiled operators cannot be loaded."""
     try:
-        return import_module("torchvision.datasets")
+        torchvision()
     except RuntimeError as error:
-        if "does not exist" not in str(error):
-            raise DemoError(f"torchvision cannot be imported: {error}") from error
-    for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
-        del sys.modules[module]
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
+        raise DemoError(f"torchvision cannot be imported: {error}") from error
     return import_module("torchvision.datasets")
-
-
-_declared: list[Any] = []  # a library's declarations live as long as it does

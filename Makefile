@@ -37,10 +37,10 @@ test-slow: $(VENV)
 	$(BIN)/python -m pytest -q $(PARALLEL) --slow -m slow $(ARGS)
 
 bench: $(VENV)
-	$(BIN)/python -m bench.run --out bench-out $(ARGS)
+	$(BIN)/python -m tdeconv.bench.run --out bench-out $(ARGS)
 
 gpu-report: $(VENV)
-	$(BIN)/python bench/gpu_report.py --out bench-out/gpu $(ARGS)
+	$(BIN)/python bench/gpu/report.py --out bench-out/gpu $(ARGS)
 
 lint: $(VENV)
 	$(BIN)/ruff check .

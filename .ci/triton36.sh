@@ -19,4 +19,4 @@ few='kernel_3x2 or block_by_gcd or interleaved_workspace or pointwise_block or t
 few+=' or half_precision_is or three_bfloat16'
 # its interpreter makes scalars of arrays in a way that numpy 2.4 has abolished
 "$python" -m pytest -q -W 'ignore:Conversion of an array:DeprecationWarning' tests/test_kernels_*.py -k "$few"
-"$python" -m bench.aot --out "$scratch/aot" --target sm_90 --one
+"$python" -m bench.gpu.aot --out "$scratch/aot" --target sm_90 --one

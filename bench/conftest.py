@@ -13,9 +13,9 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 from tqdm import tqdm
 
-from bench import measure, stages, steps
-from bench.cases import BATCH, BY_NAME
-from bench.implementations import Implementation, implementations
+from tdeconv.bench import measure, stages, steps
+from tdeconv.bench.cases import BATCH, BY_NAME
+from tdeconv.bench.implementations import Implementation, implementations
 
 IMPLEMENTATIONS = pytest.StashKey[tuple[Implementation, ...]]()
 Key = tuple[str, str, str]  # test, layer, implementation

@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from bench.cases import Layer
 from tdeconv import FastDeconv
+from tdeconv.bench.cases import Layer
 
 PAPER_FILE = Path("models") / "deconv.py"
 

@@ -1,4 +1,4 @@
-"""``python -m bench.run``: measure, save, print the tables."""
+"""``python -m tdeconv.bench.run``: measure, save, print the tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import table
+from tdeconv.bench import table
 
 ROUNDS, QUICK_ROUNDS = 12, 3
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description="Time this machine on VGG-11's layers.")
+    parser = argparse.ArgumentParser(prog="python -m tdeconv.bench.run", description="Time this machine on VGG-11's layers.")
     add = parser.add_argument
     add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)")
     add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, answers checked in float32")

@@ -17,10 +17,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import measure
-from bench.cases import Layer
-from bench.steps import Problem, Step, oracle_answers
 from tdeconv import corridor, ops, reference
+from tdeconv.bench import measure
+from tdeconv.bench.cases import Layer
+from tdeconv.bench.steps import Problem, Step, oracle_answers
 from tdeconv.geometry import Geometry
 
 PARTS = ("patch_moments", "moments", "inverse_sqrt", "fold", "convolve", "rest")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench import cases, measure
-from bench.cases import Layer
-from bench.implementations import ORACLES, Implementation
+from tdeconv.bench import cases, measure
+from tdeconv.bench.cases import Layer
+from tdeconv.bench.implementations import ORACLES, Implementation
 
 KINDS = ("forward", "step")
 

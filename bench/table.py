@@ -1,4 +1,4 @@
-"""Results as Markdown, and the results that are kept: ``python -m bench.table FILE.json [--keep]``.
+"""Results as Markdown, and the results that are kept: ``python -m tdeconv.bench.table FILE.json [--keep]``.
 
 Only the JSON that pytest-benchmark saved is read: every number of a report can be made again from its file.
 """
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tdeconv.bench.markdown import table
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("conv_bn", "conv_bn_channels_last", "reference", "paper", "torch", "torch_channels_last")
@@ -48,20 +50,6 @@ def device(data: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{data['machine_info']['device']} {cores} cores".lower()).strip("-")
 
 
-def _format(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, aligned so that it can be read as it is."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *rest = (
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
-
-
 def _by_layer(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[str, dict[str, float]]:
     """Values by layer and implementation, and their sum with each layer counted as often as the network has it."""
     values: dict[str, dict[str, float]] = {}
@@ -85,7 +73,7 @@ def _saved_mb(row: Row) -> float:
 
 def _value_table(values: dict[str, dict[str, float]], digits: int) -> str:
     names = [n for n in NAMES if n in next(iter(values.values()))]
-    return _format(
+    return table(
         [["layer", *names], *([layer, *(f"{of[n]:.{digits}f}" for n in names)] for layer, of in values.items())]
     )
 
@@ -94,7 +82,7 @@ def _ratio_table(values: dict[str, dict[str, float]]) -> str:
     names = next(iter(values.values()))
     ratios = {title: (a, b) for title, (a, b) in RATIOS.items() if a in names and b in names}
     rows = ([layer, *(f"{of[a] / of[b]:.2f}" for a, b in ratios.values())] for layer, of in values.items())
-    return _format([["layer", *ratios], *rows])
+    return table([["layer", *ratios], *rows])
 
 
 def _stage_values(rows: Sequence[Row], name: str, direction: str) -> dict[str, dict[str, float]]:
@@ -115,7 +103,7 @@ def _stage_table(rows: Sequence[Row], name: str, direction: str) -> str:
     for layer, of in values.items():
         cells = [f"{of[s]:.1f}" if s in of else "-" for s in stages]
         lines.append([layer, *cells, f"{sum(of[s] for s in stages if s in of):.1f}"])
-    return _format(lines)
+    return table(lines)
 
 
 def _about(data: dict[str, Any]) -> str:
@@ -178,7 +166,7 @@ def keep(path: Path, results: Path = RESULTS) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.table", description="Print a saved run's tables.")
+    parser = argparse.ArgumentParser(prog="python -m tdeconv.bench.table", description="Print a saved run's tables.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--keep", action="store_true", help="also put run and tables into bench/results/<device>/")
     args = parser.parse_args(argv)

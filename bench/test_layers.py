@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.cases import BY_NAME
-from bench.measure import recorded_clock
-from bench.steps import KINDS
+from tdeconv.bench.cases import BY_NAME
+from tdeconv.bench.measure import recorded_clock
+from tdeconv.bench.steps import KINDS
 
 
 @pytest.mark.benchmark(timer=recorded_clock)

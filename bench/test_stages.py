@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.cases import VGG11
-from bench.measure import recorded_clock
-from bench.stages import BACKENDS, parts
+from tdeconv.bench.cases import VGG11
+from tdeconv.bench.measure import recorded_clock
+from tdeconv.bench.stages import BACKENDS, parts
 
 CASES = [(layer.name, backend, *part) for layer in VGG11 for backend in BACKENDS for part in parts(backend, layer)]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import implementations, measure, run, stages, steps, table
-from bench.cases import BATCH, VGG11, Layer, activations
+from tdeconv.bench import implementations, measure, run, stages, steps, table
+from tdeconv.bench.cases import BATCH, VGG11, Layer, activations
 
 TINY = Layer(8, 6, 7)
 TINY_FIRST = Layer(3, 4, 7, input_grad=False)

@@ -18,9 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_cases, gpu_nets, gpu_problem, gpu_report, gpu_table, gpu_time, roofline
-from bench.gpu_worker import Worker, begun
+from bench.gpu import cases as gpu_cases
+from bench.gpu import nets as gpu_nets
+from bench.gpu import problem as gpu_problem
+from bench.gpu import report as gpu_report
+from bench.gpu import table as gpu_table
+from bench.gpu import timing as gpu_time
+from bench.gpu.worker import Worker, begun
 from tdeconv import torch_backend
+from tdeconv.bench import roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -281,7 +287,7 @@ def test_wrong_answers_are_refused(stage: str) -> None:
 
 
 def test_the_process_that_deals_out_never_loads_torch() -> None:
-    code = "import sys; import bench.gpu_report; print('torch' in sys.modules)"
+    code = "import sys; import bench.gpu.report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -493,7 +499,7 @@ def test_an_empty_report_is_one_too(report: gpu_report.Report, tmp_path: Path) -
 def test_smoke(tmp_path: Path) -> None:
     """All steps, end to end, from another folder; every stage and every variant of the network is there, and right."""
     pytest.importorskip("triton")
-    command = [sys.executable, str(ROOT / "bench" / "gpu_report.py"), "--smoke", "--minutes", "10", "--out", "out"]
+    command = [sys.executable, str(ROOT / "bench" / "gpu" / "report.py"), "--smoke", "--minutes", "10", "--out", "out"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TDECONV", "TRITON"))}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def aot(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-m", "bench.aot", "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "bench.gpu.aot", "--out", str(out), *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from bench import roofline
-from bench.roofline import Ceilings, Shape, Work
+from tdeconv.bench import roofline
+from tdeconv.bench.roofline import Ceilings, Shape, Work
 
 # 3x3 at 16 x 16, two images: D = 4*9 = 36, G = 2; sampled at every third of 16 positions: 6 x 6 x 2 = 72 patches
 SMALL = Shape(batch=2, channels=8, size=(16, 16), out=5, kernel=(3, 3), block=4, dtype=torch.bfloat16)

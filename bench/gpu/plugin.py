@@ -1,6 +1,6 @@
 """A pytest plugin: the ``gpu``-marked tests from the source tree, a share of them, over memory full of NaN.
 
-``--rows`` is the file of results (see :mod:`bench.gpu_worker`), ``--share I/K`` this process's share of the tests.
+``--rows`` is the file of results (see :mod:`bench.gpu.worker`), ``--share I/K`` this process's share of the tests.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from unittest import mock
 import pytest
 import torch
 
-import bench.gpu_tree  # noqa: F401  # before tdeconv.kernels
-from bench.gpu_worker import begun, write
+import bench.gpu.tree  # noqa: F401  # before tdeconv.kernels
+from bench.gpu.worker import begun, write
 
 
 class _Absent(types.ModuleType):

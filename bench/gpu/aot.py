@@ -1,9 +1,9 @@
 """Compile every shipped kernel for GPUs that are not here, and read what came out.
 
-``python -m bench.aot --out DIR`` compiles each variant for sm_80, sm_90, sm_100 and gfx942, prints a table (registers,
-spills, shared memory, matrix instructions) and writes ``aot.json`` and ``aot.md``, keeping there what an earlier run
-with the same Triton has found about other variants. It fails if a kernel does not compile, spills on sm_90, asks for
-more shared memory than the device has, or lacks the matrix instruction it is meant to use.
+``python -m bench.gpu.aot --out DIR`` compiles each variant for sm_80, sm_90, sm_100 and gfx942, prints a table
+(registers, spills, shared memory, matrix instructions) and writes ``aot.json`` and ``aot.md``, keeping there what an
+earlier run with the same Triton has found about other variants. It fails if a kernel does not compile, spills on sm_90,
+asks for more shared memory than the device has, or lacks the matrix instruction it is meant to use.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.aot", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for aot.json and aot.md")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all four")
     parser.add_argument("--only", default="", metavar="NAME", help="variants whose name contains this")

@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 import triton
 
-from bench import gpu_time, roofline
-from bench.gpu_cases import STAGES, Case, Unit, tuned_cases, tuned_units, units
-from bench.gpu_cases import cases as all_cases
-from bench.gpu_problem import Problem, shape_of
+from bench.gpu import timing as gpu_time
+from bench.gpu.cases import STAGES, Case, Unit, tuned_cases, tuned_units, units
+from bench.gpu.cases import cases as all_cases
+from bench.gpu.problem import Problem, shape_of
 from tdeconv import ops
+from tdeconv.bench import roofline
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "backward")

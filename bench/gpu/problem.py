@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import roofline
-from bench.gpu_cases import Case
+from bench.gpu.cases import Case
 from tdeconv import reference, torch_backend
+from tdeconv.bench import roofline
 
 EPS = 1e-5
 Call = Callable[[], tuple[Tensor, ...]]
@@ -60,7 +60,7 @@ class Problem:
 
     @functools.cached_property
     def x(self) -> Tensor:
-        """``(N, C, H, W)``: neighbours repeat each other, as behind a ReLU (see :func:`bench.cases.activations`)."""
+        """``(N, C, H, W)``: neighbours repeat each other, as behind a ReLU (``tdeconv.bench.cases`` has the same)."""
         n, c, size = self.case.batch, self.case.channels, self.case.size
         coarse = self.randn(n, c, max(1, size // 2), max(1, size // 2))
         x = F.interpolate(coarse, size=(size, size), mode="bilinear") + 0.3 * self.randn(n, c, size, size)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.table import _format
+from bench.markdown import table
 
 Row = dict[str, Any]
 Content = dict[str, Any]
@@ -24,7 +24,7 @@ def _number(value: Any, digits: int = 3) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = [[cell.replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
-    return _format([list(head), *body]) if body else "Nothing."
+    return table([list(head), *body]) if body else "Nothing."
 
 
 def _of(content: Content, *steps: str) -> list[Row]:
@@ -176,8 +176,8 @@ def plots(content: Content, out: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m bench.gpu_table results.json``: the report once more."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_table")
+    """``python -m bench.gpu.table results.json``: the report once more."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.table")
     parser.add_argument("file", type=Path)
     print(markdown(json.loads(parser.parse_args(argv).file.read_text(encoding="utf-8"))))
     return 0

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.gpu_cases import STAGES, cases, units
-from bench.gpu_kernels import Options, Row
-from bench.gpu_tree import ROOT
-from bench.gpu_worker import tail
+from bench.gpu.cases import STAGES, cases, units
+from bench.gpu.kernels import Options, Row
+from bench.gpu.tree import ROOT
+from bench.gpu.worker import tail
 
 SECONDS = 60
 COMMANDS = {
@@ -36,7 +36,7 @@ def tool(unit: str, options: Options) -> Iterator[Row]:
     name = unit.replace(" ", "-")
     log, rows = options.rows.with_name(f"{name}.txt"), options.rows.with_name(f"{name}.jsonl")
     rows.unlink(missing_ok=True)
-    child = [sys.executable, "-m", "bench.gpu_child", "check", "--smoke", "--rows", str(rows)]
+    child = [sys.executable, "-m", "bench.gpu.child", "check", "--smoke", "--rows", str(rows)]
     child += ["--units", *_units()]
     with log.open("w") as file:
         run = subprocess.run([*command, *child], cwd=ROOT, stdout=file, stderr=file, timeout=SECONDS, check=False)

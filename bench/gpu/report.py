@@ -1,4 +1,4 @@
-"""A visit to a GPU turned into evidence: ``python bench/gpu_report.py --out DIR --minutes 9``, from the source tree.
+"""A visit to a GPU turned into evidence: ``python bench/gpu/report.py --out DIR --minutes 9``, from the source tree.
 
 One after the other: the device's ceilings; the grid barrier, which would hang if it failed, alone; the ``gpu``-marked
 tests; every stage of ResNet-50's and VGG-11's layers, answers first (in several processes), then times (alone on the
@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a file: its folder is no place to import from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench import gpu_cases, gpu_table
-from bench.gpu_worker import Row, Worker
+from bench.gpu import cases as gpu_cases
+from bench.gpu import table as gpu_table
+from bench.gpu.worker import Row, Worker
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Steps in order, each with its share of the time and the longest that one of its units may take, in seconds. A step's
 # unused time is its followers'.
 STEPS: dict[str, tuple[float, float]] = {
@@ -64,13 +65,13 @@ class Step:
     def commands(self, python: str) -> list[list[str]]:
         if self.name == "tests":
             return [[*_pytest(python), *self.units, f"--share={i}/{self.workers}"] for i in range(self.workers)]
-        child = [python, "-m", "bench.gpu_child", self.name, *self.arguments]
+        child = [python, "-m", "bench.gpu.child", self.name, *self.arguments]
         shares = [self.units[i :: self.workers] for i in range(self.workers)]
         return [[*child, "--units", *share] for share in shares if share]
 
 
 def _pytest(python: str) -> list[str]:
-    options = ["-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "bench.gpu_pytest"]
+    options = ["-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "bench.gpu.plugin"]
     return [python, "-m", "pytest", "-q", "-m", "gpu", *options]
 
 
@@ -256,7 +257,7 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu_report.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="gpu/report.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="results; an earlier run's are replaced")
     add("--minutes", type=float, default=9.0, help="for everything but the tables at the end (default %(default)s)")
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = run(args)
     except NoDevice as error:
-        print(f"gpu_report.py: {error}", file=sys.stderr)
+        print(f"gpu/report.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; what there is: {args.out / 'results.json'}", file=sys.stderr)

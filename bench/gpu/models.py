@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import gpu_kernels, gpu_nets, gpu_time
-from bench.gpu_cases import Model, models
-from bench.gpu_kernels import Options, Row
+from bench.gpu import kernels as gpu_kernels
+from bench.gpu import nets as gpu_nets
+from bench.gpu import timing as gpu_time
+from bench.gpu.cases import Model, models
+from bench.gpu.kernels import Options, Row
 from tdeconv import convert_deconv
 
 BACKEND = {"triton": "triton", "torch": "torch", "reference": "reference"}

@@ -1,4 +1,4 @@
-"""A child of the GPU report: works through the units of one step. See :mod:`bench.gpu_worker` for what it writes."""
+"""A child of the GPU report: works through the units of one step. See :mod:`bench.gpu.worker` for what it writes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench.gpu_tree  # noqa: F401  # before tdeconv.kernels
-from bench import gpu_kernels, gpu_models, gpu_tools
-from bench.gpu_worker import begun, write
+import bench.gpu.tree  # noqa: F401  # before tdeconv.kernels
+from bench.gpu import kernels as gpu_kernels
+from bench.gpu import models as gpu_models
+from bench.gpu import tools as gpu_tools
+from bench.gpu.worker import begun, write
 
 STEPS: dict[str, Callable[[str, gpu_kernels.Options], Iterable[dict[str, Any]]]] = {
     "device": gpu_kernels.device_row,
@@ -27,7 +29,7 @@ STEPS: dict[str, Callable[[str, gpu_kernels.Options], Iterable[dict[str, Any]]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_child")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.child")
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true")

@@ -15,7 +15,7 @@ help:
 	@echo "make demo       train batch norm against network deconvolution on real images; pictures in demo-out/"
 	@echo "make test       the tests"
 	@echo "make test-slow  the slow tests: public models, compilers, the longer half of the kernels' cases"
-	@echo "make bench      time against conv + batch norm and the reference; results in bench-out/"
+	@echo "make bench      two minutes: time and memory against conv + batch norm + ReLU; results in bench-out/"
 	@echo "make gpu-report ten minutes on a GPU: tests, times, shares of the floors; results in bench-out/gpu/"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what was built and measured; distclean removes .venv too"
@@ -37,7 +37,7 @@ test-slow: $(VENV)
 	$(BIN)/python -m pytest -q $(PARALLEL) --slow -m slow $(ARGS)
 
 bench: $(VENV)
-	$(BIN)/python -m tdeconv.bench.run --out bench-out $(ARGS)
+	$(BIN)/python -m tdeconv bench $(ARGS)
 
 gpu-report: $(VENV)
 	$(BIN)/python bench/gpu/report.py --out bench-out/gpu $(ARGS)

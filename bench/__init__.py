@@ -1,6 +1,7 @@
-"""Speed reports: what deconvolution costs beside what it replaces.
+"""Speed reports: what deconvolution costs beside what it replaces, where the time goes, how far it is from the floor.
 
-``python -m tdeconv.bench.run`` measures into ``bench-out/`` and prints the tables; ``python -m tdeconv.bench.table FILE.json --keep``
-puts a run into ``bench/results/<device>/``. The suites are pytest-benchmark's (``test_*.py``): ``cases`` says what is
-measured, ``implementations`` who, ``steps`` and ``stages`` which parts, ``measure`` how.
+``python -m tdeconv bench`` measures a set (``sets``) and prints its tables, ``python -m tdeconv report`` makes a page of
+results, ``python -m tdeconv profile`` looks into one model. The suites are pytest-benchmark's (``test_*.py``): ``cases``
+and ``nets`` say what is measured, ``implementations`` who, ``steps`` and ``stages`` which parts, ``measure`` how,
+``roofline`` what it must cost at least.
 """

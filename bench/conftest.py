@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.session import PerformanceRegression
 from pytest_benchmark.utils import get_commit_info
 from tqdm import tqdm
 
-from tdeconv.bench import measure, stages, steps
-from tdeconv.bench.cases import BATCH, BY_NAME
-from tdeconv.bench.implementations import Implementation, implementations
+from tdeconv.backends import BackendUnavailable
+from tdeconv.bench import machine, measure, memory, sets, suites
+from tdeconv.bench.clock import clock_of
+from tdeconv.bench.implementations import OURS, implementations
+from tdeconv.bench.measure import Prepared, Row, Variant
+from tdeconv.bench.steps import FORMATS
 
-IMPLEMENTATIONS = pytest.StashKey[tuple[Implementation, ...]]()
-Key = tuple[str, str, str]  # test, layer, implementation
+SESSION = pytest.StashKey[suites.Session]()
+Key = tuple[str, str, Variant]  # test, case, variant
+MEMORY_SETS = ("quick", "models")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("tdeconv bench")
-    group.addoption("--rounds", type=int, default=12, help="rounds of every measurement")
-    group.addoption("--batch", type=int, default=BATCH, help="batch size")
-    oracle = "what answers are checked against: the method's reference in this dtype"
-    group.addoption("--oracle", choices=("float64", "float32"), default="float64", help=oracle)
-    group.addoption("--paper-code", type=Path, metavar="DIR", help="checkout of the paper's repository, to measure too")
+    add = parser.getgroup("tdeconv bench").addoption
+    add("--set", choices=sets.SETS, default="layers", help="what to measure")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--backend", action="append", choices=OURS, default=[], help="one of ours that must run")
+    add("--paper-code", type=Path, metavar="DIR", help="checkout of the paper's repository, to measure too")
+    add("--model", help="of the set 'model'")
+    add("--rounds", type=int, help="of every measurement")
+    add("--batch", type=int, help="batch size")
+    add("--size", type=int, help="height and width of the images")
+    add("--layout", action="append", choices=tuple(FORMATS))
+    add("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
+    add(
+        "--oracle", choices=("float64", "float32"), help="what layers' answers are checked against: the reference in it"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    option = config.getoption
+    device = torch.device(option("--device"))
     try:
-        config.stash[IMPLEMENTATIONS] = implementations(config.getoption("--paper-code"))
-    except FileNotFoundError as error:
+        options = sets.Options(
+            *(option("--batch"), option("--size"), option("--rounds"), option("--model")),
+            layouts=tuple(option("--layout") or ()) or None,
+            dtypes=tuple(option("--dtype") or ()) or None,
+            oracle=option("--oracle"),
+        )
+        plan = sets.plan(option("--set"), device, options)
+        everyone = implementations(device, backends=option("--backend"), paper_code=option("--paper-code"))
+    except (ValueError, FileNotFoundError, BackendUnavailable) as error:
         raise pytest.UsageError(str(error)) from None
+    config.stash[SESSION] = suites.Session(plan, device, everyone)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "implementation" in metafunc.fixturenames:
-        metafunc.parametrize("implementation", [one.name for one in metafunc.config.stash[IMPLEMENTATIONS]])
+    suite = suites.BY_TEST[metafunc.function.__name__]
+    rows = list(suite.rows(metafunc.config.stash[SESSION]))
+    metafunc.parametrize("row", [pytest.param(row, id="-".join(row)) for row in rows])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """A suite without rows has, to pytest, a test that is skipped."""
+    items[:] = [item for item in items if isinstance(item.callspec.params["row"], Row)]
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -48,73 +76,85 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    session = config.stash[SESSION]
     machine_info["node"] = ""  # a host's name is nobody's business
-    machine_info["device"] = machine_info["cpu"].get("brand_raw", "unknown CPU")
-    machine_info["cores"] = os.cpu_count()
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["torch"] = torch.__version__
+    machine_info |= machine.describe(session.device)
+    machine_info["ceilings"] = machine.as_json(machine.ceilings(session.device, session.plan.dtypes))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary() -> Generator[None, Any, Any]:
+    """A regression ends the run with its status, not with a traceback."""
+    try:
+        return (yield)
+    except PerformanceRegression as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.TESTS_FAILED)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    output_json["set"] = config.stash[SESSION].plan.name
+    if output_json["set"] in MEMORY_SETS:
+        output_json["memory"] = memory.network_memory()
 
 
 @pytest.fixture(scope="session")
 def provenance(pytestconfig: pytest.Config) -> dict[str, Any]:
     """What every row says about where it was measured."""
-    machine = pytestconfig.hook.pytest_benchmark_generate_machine_info(config=pytestconfig)
     commit = get_commit_info()
-    return {
-        "dtype": "float32",
-        "batch": pytestconfig.getoption("--batch"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit["id"] + ("-dirty" if commit.get("dirty") else ""),
-        "cpu": machine["cpu"].get("brand_raw", "unknown CPU"),
-    }
+    dirty = "-dirty" if commit.get("dirty") else ""
+    return {"commit": commit["id"] + dirty, **machine.describe(pytestconfig.stash[SESSION].device)}
 
 
 class Measurements:
-    """The layers that the selected tests ask for, checked and measured all together."""
+    """What the selected tests ask for, checked and measured all together."""
 
-    def __init__(self, config: pytest.Config, wanted: Iterable[tuple[str, str]]) -> None:
-        self._batch = config.getoption("--batch")
-        self._oracle = getattr(torch, config.getoption("--oracle"))
-        self._implementations = config.stash[IMPLEMENTATIONS]
-        self.info: dict[Key, dict[str, Any]] = {}
-        works: dict[Key, measure.Work] = {}
-        for test, name in tqdm(list(wanted), desc="checking answers", unit="layer", ncols=80):
-            for implementation, work in self._works(test, name).items():
-                works[test, name, implementation] = work
+    def __init__(self, session: suites.Session, wanted: Iterable[tuple[str, Row]]) -> None:
+        by_case: dict[tuple[str, str], list[Variant]] = {}
+        for test, row in wanted:
+            variants = by_case.setdefault((test, row.case), [])
+            if (variant := Variant(*row[1:4])) not in variants:
+                variants.append(variant)
+        self.prepared: dict[Key, Prepared] = {}
+        for (test, case), variants in tqdm(by_case.items(), desc="checking answers", unit="case", ncols=80):
+            for variant, prepared in suites.BY_TEST[test].prepare(session, case, variants):
+                self.prepared[test, case, variant] = prepared
         bar = functools.partial(tqdm, desc="measuring", unit="run", ncols=80, mininterval=1)
-        self.seconds = measure.interleaved(works, config.getoption("--rounds"), progress=bar)
-
-    @functools.cache  # noqa: B019 - one object, one session: a layer's tests start from the same problem
-    def _problem(self, name: str) -> steps.Problem:
-        return steps.problem(BY_NAME[name], self._batch)
-
-    def _works(self, test: str, name: str) -> Mapping[str, measure.Work]:
-        if test == "test_stage":
-            return stages.prepare(self._problem(name))
-        works, errors = steps.prepare(self._problem(name), self._implementations, self._oracle)
-        for one, work in works.items():
-            self.info[test, name, one] = {"saved_bytes": work.saved_bytes, "error": errors[one]}
-        return works
+        works = {key: prepared.work for key, prepared in self.prepared.items()}
+        clock = clock_of(session.device)
+        self.seconds = measure.interleaved(works, session.plan.rounds, clock=clock, progress=bar)
 
 
 @pytest.fixture(scope="session")
 def measurements(request: pytest.FixtureRequest) -> Measurements:
-    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    return Measurements(request.config, dict.fromkeys((t.originalname, t.callspec.params["layer"]) for t in tests))
+    wanted = [(test.originalname, test.callspec.params["row"]) for test in request.session.items]
+    try:
+        return Measurements(request.config.stash[SESSION], wanted)
+    except (ValueError, AssertionError) as error:  # a refused input, a wrong answer
+        pytest.exit(f"nothing was timed: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
 
 
 @pytest.fixture
 def replay(
     request: pytest.FixtureRequest, benchmark: Any, measurements: Measurements, provenance: dict[str, Any]
-) -> Callable[..., None]:
-    """``replay(layer, implementation, part, **extra_info)``: that measurement becomes this test's benchmark."""
+) -> Callable[[Row], None]:
+    """That row's measurement becomes this test's benchmark."""
+    test, session = request.node.originalname, request.config.stash[SESSION]
 
-    def replay(layer: str, implementation: str, part: str, **extra: Any) -> None:
-        key = (request.node.originalname, layer, implementation)
-        about = {"layer": layer, "count": BY_NAME[layer].count, "implementation": implementation}
-        benchmark.group = f"{layer} {part}"
-        benchmark.extra_info.update({**about, **extra, **measurements.info.get(key, {}), **provenance})
-        measure.replay(benchmark, measurements.seconds[key][part])
+    def replay(row: Row) -> None:
+        key = (test, row.case, Variant(*row[1:4]))
+        seconds = measurements.seconds[key]
+        ceilings = machine.ceilings(session.device, session.plan.dtypes)
+        info = {
+            **row._asdict(),
+            **suites.BY_TEST[test].about(session, row, ceilings),
+            **measurements.prepared[key].info,
+        }
+        if info.get("floor_s"):
+            info["share"] = info["floor_s"] / suites.median(seconds, row.part)
+        del info["part"]
+        benchmark.group = f"{info['network']} {info['case']} {row.part}"
+        benchmark.params = row._asdict()
+        benchmark.extra_info.update({**info, **provenance})
+        measure.replay(benchmark, seconds[row.part])
 
     return replay

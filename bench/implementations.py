@@ -1,63 +1,173 @@
-"""Who is measured: one layer with its normalisation, as different codes do it."""
+"""Who is measured: a convolution with its normalisation and a ReLU, as different codes do it."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tdeconv import FastDeconv
+from tdeconv import FastDeconv, convert_deconv
+from tdeconv.backends import choose
 from tdeconv.bench.cases import Layer
 
 PAPER_FILE = Path("models") / "deconv.py"
+NAMES = (  # in this order everywhere
+    *("conv_bn_relu", "conv_bn_relu_compiled", "reference", "paper"),
+    *("torch", "torch_compiled", "triton", "triton_compiled"),
+)
+OURS = ("torch", "triton")
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to run a layer. Those of one ``method`` take the same state_dict and give the same answers."""
+    """A way to run layers and networks. Those of one ``method`` take the same state_dict and give the same answers.
+
+    ``build`` makes a layer; ``convert`` turns a network with batch norm into this implementation's.
+    """
 
     name: str
     method: str
     build: Callable[[Layer], nn.Module]
-    memory_format: torch.memory_format = torch.contiguous_format
+    convert: Callable[[nn.Module], nn.Module]
+    compiled: bool = False
+    layouts: tuple[str, ...] = ("contiguous", "channels_last")
+
+    def ready(self, module: nn.Module) -> nn.Module:
+        """What is called: the module, compiled where that is the implementation."""
+        return Compiled(module) if self.compiled else module
 
 
-def _conv_bn(layer: Layer) -> nn.Module:
+class Compiled(nn.Module):
+    """A module under ``torch.compile``.
+
+    The compiler keeps what it has compiled by code object, and gives up silently at eight for one. All modules of a
+    class share theirs, so each gets a function with code of its own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+        def call(x: Tensor) -> Tensor:
+            return module(x)
+
+        call.__code__ = call.__code__.replace()
+        self._call = torch.compile(call, dynamic=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+
+def _conv_bn_relu(layer: Layer) -> nn.Module:
     # no bias: the normalisation would remove it, so this is what a careful user runs, and the faster one
-    conv = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(layer.out_channels))
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.kernel // 2, 1, layer.groups)
+    return nn.Sequential(nn.Conv2d(*sizes, bias=False), nn.BatchNorm2d(layer.out_channels), nn.ReLU())
 
 
-def _deconv(backend: str) -> Callable[[Layer], nn.Module]:
-    return lambda layer: FastDeconv(layer.in_channels, layer.out_channels, 3, padding=1, backend=backend)
+def _options(layer: Layer) -> dict[str, Any]:
+    return {
+        "stride": layer.stride,
+        "padding": layer.kernel // 2,
+        "groups": layer.groups,
+        "n_iter": layer.n_iter,
+        "block": layer.block,
+        "sampling_stride": layer.sampling_stride,
+    }
 
 
-CONV_BN = Implementation("conv_bn", "conv_bn", _conv_bn)
-REFERENCE = Implementation("reference", "deconv", _deconv("reference"))  # unfold, products, autograd
-ORACLES = {oracle.method: oracle for oracle in (CONV_BN, REFERENCE)}  # what each method's answers are
+def _deconv(name: str, layouts: tuple[str, ...] = ("contiguous", "channels_last")) -> Implementation:
+    """The layers of one of this package's backends."""
+
+    def build(layer: Layer) -> nn.Module:
+        sizes = (layer.in_channels, layer.out_channels, layer.kernel)
+        return nn.Sequential(FastDeconv(*sizes, **_options(layer), backend=name), nn.ReLU())
+
+    return Implementation(name, "deconv", build, lambda model: convert_deconv(model, backend=name), layouts=layouts)
 
 
-def implementations(paper_code: Path | None = None) -> tuple[Implementation, ...]:
-    """All that can run here; the paper's own layer only from a checkout of its repository."""
-    paper = () if paper_code is None else (Implementation("paper", "deconv", _paper(paper_code)),)
-    return (
-        CONV_BN,
-        Implementation("conv_bn_channels_last", "conv_bn", _conv_bn, torch.channels_last),
-        REFERENCE,
-        *paper,
-        Implementation("torch", "deconv", _deconv("torch")),
-        Implementation("torch_channels_last", "deconv", _deconv("torch"), torch.channels_last),
-    )
+CONV_BN_RELU = Implementation("conv_bn_relu", "conv_bn_relu", _conv_bn_relu, lambda model: model)
+REFERENCE = _deconv("reference", layouts=("contiguous",))  # unfold, products, autograd
+ORACLES = {oracle.method: oracle for oracle in (CONV_BN_RELU, REFERENCE)}  # what each method's answers are
 
 
-def _paper(checkout: Path) -> Callable[[Layer], nn.Module]:
+def implementations(
+    device: torch.device,
+    *,
+    backends: Sequence[str] = (),
+    paper_code: Path | None = None,
+    compiled: bool = True,
+) -> tuple[Implementation, ...]:
+    """All that can run on ``device``, in the order of ``NAMES``.
+
+    Args:
+        backends: those of this package's fast ones that must be there; none: all that can run.
+        paper_code: a checkout of the paper's repository.
+        compiled: also under ``torch.compile``, where it works.
+
+    Raises:
+        BackendUnavailable: one of ``backends`` cannot run here; the message says why.
+        FileNotFoundError: ``paper_code`` does not hold the paper's layer.
+    """
+    for name in backends:
+        choose(name, device)
+    ours = [_deconv(name) for name in backends or _fast(device)]
+    paper = [] if paper_code is None else [_paper(paper_code)]
+    eager = [CONV_BN_RELU, REFERENCE, *paper, *ours]
+    if compiled and why_not_compiled(device) is None:
+        eager += [replace(one, name=f"{one.name}_compiled", compiled=True) for one in (CONV_BN_RELU, *ours)]
+    return tuple(sorted(eager, key=lambda one: NAMES.index(one.name)))
+
+
+def _fast(device: torch.device) -> Iterable[str]:
+    return OURS if choose(None, device).backend == "triton" else OURS[:1]
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """None if ``torch.compile`` can be measured on ``device``, else the reason why not."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "torch.compile needs a C++ compiler for the CPU, and there is none"
+    return None
+
+
+def _paper(checkout: Path) -> Implementation:
+    """The paper's own layer."""
     module = load_paper(checkout)
-    return lambda layer: module.FastDeconv(layer.in_channels, layer.out_channels, 3, padding=1)
+
+    def build(layer: Layer) -> nn.Module:
+        sizes = (layer.in_channels, layer.out_channels, layer.kernel)
+        return nn.Sequential(module.FastDeconv(*sizes, **_options(layer)), nn.ReLU())
+
+    def convert(model: nn.Module) -> nn.Module:
+        """The converted network, with the paper's layer in every place."""
+        model = convert_deconv(model, backend="torch")
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is FastDeconv:
+                    setattr(parent, name, _as_paper_s(module, child))
+        return model
+
+    return Implementation("paper", "deconv", build, convert, layouts=("contiguous",))
+
+
+def _as_paper_s(module: ModuleType, layer: FastDeconv) -> nn.Module:
+    """The paper's layer with the options and the state of one of ours; it knows no tuples."""
+    square = (layer.kernel_size[0], layer.stride[0], layer.padding[0], layer.dilation[0])
+    new = module.FastDeconv(
+        *(layer.in_channels, layer.out_channels, *square, layer.groups, True),
+        **{name: getattr(layer, name) for name in ("eps", "n_iter", "momentum", "block", "sampling_stride")},
+        freeze=layer.freeze,
+        freeze_iter=layer.freeze_iter,
+    )
+    missing, _ = new.load_state_dict(layer.state_dict(), strict=False)  # ours has a step counter, too
+    assert not missing, missing
+    return new
 
 
 def load_paper(checkout: Path) -> ModuleType:

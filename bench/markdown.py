@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -17,3 +18,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
+
+
+class Table(NamedTuple):
+    """A title, a sentence that says how to read the numbers, and rows of text with the head first."""
+
+    title: str
+    caption: str
+    rows: list[list[str]]
+
+    def markdown(self, level: int = 2) -> str:
+        parts = (f"{'#' * level} {self.title}", self.caption, table(self.rows))
+        return "\n\n".join(filter(None, parts)) + "\n"

@@ -1,4 +1,4 @@
-"""How it is measured: rounds interleaved in one process, answers checked first, bytes counted exactly.
+"""How it is measured: rounds interleaved in one process, answers checked first.
 
 On a small shared machine the speed drifts, and another process can halve it for half a minute. Times taken one after
 the other are then not comparable, and all the rounds of one layer can fall into such a time. So a round runs everything
@@ -13,24 +13,51 @@ from __future__ import annotations
 
 import gc
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from tdeconv.bench.clock import Clock
 
 Key = TypeVar("Key")
-Timer = Callable[[], float]
-TOLERANCE = 2e-5  # relative
+TOLERANCE = 2e-5  # relative, in float32
+
+
+class Row(NamedTuple):
+    """A row of the results: one part of one case, as one implementation does it. ``case`` is unique in its suite."""
+
+    case: str
+    implementation: str
+    layout: str
+    dtype: str
+    part: str
+
+
+class Variant(NamedTuple):
+    """An implementation as it is measured: in which memory layout, in which dtype."""
+
+    implementation: str
+    layout: str
+    dtype: str
 
 
 class Work(Protocol):
     """Something to time."""
 
-    def run(self, timer: Timer) -> Mapping[str, float]:
+    def run(self, clock: Clock) -> Mapping[str, float]:
         """Do it once: seconds of each of its parts, by name."""
+
+
+@dataclass
+class Prepared:
+    """A work whose answers were right, and what its rows say beside the times; ``parts``: about some of them."""
+
+    work: Work
+    info: dict[str, Any]
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -47,8 +74,8 @@ def interleaved(
     works: Mapping[Key, Work],
     rounds: int,
     *,
+    clock: Clock,
     progress: Callable[[Sequence[Key]], Iterable[Key]] = iter,
-    timer: Timer = time.perf_counter,
 ) -> dict[Key, dict[str, list[float]]]:
     """Run every work once a round: seconds by work, part and round.
 
@@ -59,7 +86,8 @@ def interleaved(
     recorded: dict[Key, dict[str, list[float]]] = {key: {} for key in works}
     with _no_gc():
         for key in progress(schedule):
-            for part, seconds in works[key].run(timer).items():
+            clock.ready()
+            for part, seconds in works[key].run(clock).items():
                 recorded[key].setdefault(part, []).append(seconds)
     return recorded
 
@@ -92,32 +120,18 @@ def replay(benchmark: Any, durations: Sequence[float]) -> None:
     benchmark.pedantic(advance, setup=rewind, rounds=len(durations), iterations=1)
 
 
+def relative_errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Of each tensor, in the Euclidean norm."""
+    pairs = [(g.detach().double(), e.detach().double()) for g, e in zip(got, expected, strict=True)]
+    return [float((g - e).norm() / e.norm()) for g, e in pairs]
+
+
 def check(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
     """The largest relative error (in the Euclidean norm) of any tensor.
 
     Raises:
         AssertionError: it is above ``tolerance``, or not a number: no time is recorded for a wrong answer.
     """
-    pairs = [(g.detach().double(), e.detach()) for g, e in zip(got, expected, strict=True)]
-    errors = [float((g - e).norm() / e.norm()) for g, e in pairs]
+    errors = relative_errors(got, expected)
     assert all(error <= tolerance for error in errors), f"{name}: relative errors {errors}, allowed {tolerance}"
     return max(errors)
-
-
-def forward_counted(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """A module's output, and the bytes that its forward keeps for backward.
-
-    Each storage counts once, the input too if it is kept; the module's own parameters and buffers do not.
-    """
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = module(x)
-    return y, sum(storage.nbytes() for storage in kept.values())

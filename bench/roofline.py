@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -204,18 +205,51 @@ def _convolve(shape: Shape) -> list[Work]:
     return [forward, Work("convolve", "backward", weight_side + input_side, sides * operations, shape.dtype)]
 
 
+def conv_bn_relu(shape: Shape) -> list[Work]:
+    """What is replaced: the convolution, then three passes over its output forward, five backward, all fused."""
+    size = shape.dtype.itemsize
+    passes = {"forward": 3, "backward": 5}
+    return [
+        *_convolve(shape),
+        *(Work("batch_norm", way, n * shape.outputs * size, 0, shape.dtype) for way, n in passes.items()),
+    ]
+
+
+def total(found: Sequence[Work], ceilings: Ceilings) -> dict[str, Any]:
+    """Of works one after the other: bytes, operations, ``floor_s`` in seconds, and what bounds most of that time."""
+    seconds: dict[str, float] = {}
+    for work in found:
+        seconds[work.bound(ceilings)] = seconds.get(work.bound(ceilings), 0.0) + work.floor(ceilings)
+    return {
+        "bytes": sum(work.bytes for work in found),
+        "operations": sum(work.operations for work in found),
+        "floor_s": sum(seconds.values()),
+        "bound": max(seconds, key=seconds.__getitem__),
+    }
+
+
 def floor(shape: Shape, ceilings: Ceilings) -> dict[tuple[str, str], float]:
     """Seconds that each stage and direction needs at least."""
     return {(work.stage, work.direction): work.floor(ceilings) for work in works(shape)}
 
 
-def measure_ceilings(device: torch.device, size: int = 1 << 28, matrix: int = 8192) -> Ceilings:
-    """The device's own, by PyTorch's copy, products and a chain of tiny launches; the best of a few runs each."""
+def measure_ceilings(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+    size: int | None = None,
+    matrix: int | None = None,
+) -> Ceilings:
+    """The device's own, by PyTorch's copy, products and a chain of tiny launches; the best of a few runs each.
+
+    ``size`` bytes are copied, and ``matrix`` x ``matrix`` products done: large ones on a GPU, middling ones on a CPU.
+    """
+    gpu = device.type == "cuda"
+    size, matrix = size or (1 << 28 if gpu else 1 << 27), matrix or (8192 if gpu else 1536)
     source = torch.zeros(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     memory = 2 * size / _seconds(lambda: target.copy_(source), device)
     matmul = {}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in dtypes:
         a = torch.ones(matrix, matrix, dtype=dtype, device=device)
         out = torch.empty_like(a)
         matmul[dtype] = 2 * matrix**3 / _seconds(lambda a=a, out=out: torch.mm(a, a, out=out), device)

@@ -1,29 +1,26 @@
-"""``python -m tdeconv.bench.run``: measure, save, print the tables."""
+"""``python -m tdeconv bench``: measure a set, save it, print the tables."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
 from pathlib import Path
 
-from tdeconv.bench import table
+import torch
 
-ROUNDS, QUICK_ROUNDS = 12, 3
+from tdeconv.backends import BackendUnavailable
+from tdeconv.bench import results, tables
+from tdeconv.bench.implementations import OURS, implementations
+from tdeconv.bench.machine import describe
+from tdeconv.bench.steps import FORMATS
+from tdeconv.named_models import load_model
 
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tdeconv.bench.run", description="Time this machine on VGG-11's layers.")
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)")
-    add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, answers checked in float32")
-    add("--rounds", type=_positive, metavar="N", help=f"rounds of every measurement (default {ROUNDS})")
-    add("--batch", type=_positive, metavar="N", help="batch size (default 128)")
-    add("--paper-code", type=Path, metavar="DIR", help="checkout of the paper's repository, to measure too")
-    add("--select", metavar="EXPR", help="only tests that match (pytest's -k): test_layer, 512-512-2x2, ...")
-    return parser.parse_args(argv)
+SUITES = Path(__file__).parent
+REFUSED = 2  # exit status of what cannot be done as asked
 
 
 def _positive(text: str) -> int:
@@ -33,43 +30,154 @@ def _positive(text: str) -> int:
     return value
 
 
-def _measure(args: argparse.Namespace, json_path: Path) -> int:
-    """Run the suites in a process of their own, which writes the JSON at its end."""
-    suites = Path(__file__).parent
-    # -o: nothing that the project's own tests are run with may reach a measurement
-    command = [sys.executable, "-m", "pytest", str(suites), "-o", "addopts=", "-o", "filterwarnings=ignore"]
-    command += ["-o", "console_output_style=classic", "-p", "no:cacheprovider"]
-    command += ["-x", "-s", "-q", "--no-header", "--benchmark-quiet", f"--benchmark-json={json_path.resolve()}"]
-    command.append(f"--rounds={args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)}")
-    if args.quick:
-        command.append("--oracle=float32")
-    if args.batch is not None:
-        command.append(f"--batch={args.batch}")
+def _percent(text: str) -> int:
+    """Whole ones: pytest-benchmark takes no others."""
+    digits = text.removesuffix("%")
+    if not digits.isdecimal() or not 1 <= int(digits) <= 99:
+        raise argparse.ArgumentTypeError(f"must be a whole percentage from 1% to 99%, got {text}")
+    return int(digits)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``python -m tdeconv bench``."""
+    which = parser.add_argument_group("what to measure (one of them)").add_mutually_exclusive_group()
+    about = {
+        "quick": "VGG-11's layers and their stages, and ResNet-18: two minutes on two cores (default)",
+        "layers": "all layers of VGG-11 and ResNet-50, and the stages, in both memory layouts",
+        "models": "training steps of VGG-11, ResNet-18, ResNet-50 and MobileNetV2",
+        "scaling": "how the cost grows with batch, channels, kernel, image, block, n_iter and sampling stride",
+    }
+    for name, text in about.items():
+        which.add_argument(f"--{name}", dest="set", action="store_const", const=name, help=text)
+    which.add_argument("--model", metavar="NAME", help="one network: torchvision:NAME, timm:NAME or MODULE:FUNCTION")
+    parser.set_defaults(set=None)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    add("--backend", action="append", choices=OURS, help="measure this one of ours (default: all that can run)")
+    add("--rounds", type=_positive, metavar="N", help="rounds of every measurement (default: the set's)")
+    add("--batch", type=_positive, metavar="N", help="batch size (default: the set's)")
+    add("--size", type=_positive, metavar="N", help="height and width of the images (default: the set's)")
+    add("--layout", action="append", choices=tuple(FORMATS), help="memory layout (default: the set's)")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", action="append", choices=dtypes, help="half precision by autocast (default: the set's)")
+    add("--paper-code", type=Path, metavar="DIR", help="a checkout of the paper's repository, to measure too")
+    add("--compare", type=Path, metavar="FILE", help="earlier results of this device to compare with")
+    add("--fail-above", type=_percent, metavar="10%", help="with --compare: fail if a median grew by more")
+    add("--select", metavar="EXPR", help="only rows whose names match (pytest's -k): 512-512, reference, step, ...")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure into ``--out``: ``SET.json`` and ``SET.md``. Earlier results stay until the new ones are complete."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.set = "model" if args.model is not None else args.set or "quick"
+    try:
+        check(args)
+        code, text = _measure(args)
+        if not text:
+            print(f"tdeconv bench: nothing was measured (pytest's status {code}); see above", file=sys.stderr)
+            return code or 1
+        report = _save(args, text)
+    except (ValueError, BackendUnavailable) as error:
+        print(f"tdeconv bench: {error}", file=sys.stderr)
+        return REFUSED
+    except OSError as error:
+        print(f"tdeconv bench: the results cannot be written to {args.out}: {error}", file=sys.stderr)
+        return REFUSED
+    print(f"\n{report}\nsaved in {args.out}: {_name(args)}.json, {_name(args)}.md")
+    print(f"as a page with plots: python -m tdeconv report {args.out}")
+    return code
+
+
+def check(args: argparse.Namespace) -> None:
+    """Whatever can be refused before minutes of measuring.
+
+    Raises:
+        ValueError, BackendUnavailable: why the measurement cannot be made as asked.
+        OSError: the folder for its results cannot be written.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch sees no GPU")
+    if args.fail_above is not None and args.compare is None:
+        raise ValueError("--fail-above needs --compare FILE, the results to compare with")
+    try:
+        implementations(torch.device(args.device), backends=args.backend or (), paper_code=args.paper_code)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    if args.model is not None:
+        load_model(args.model, argument="--model")
+    if args.compare is not None:
+        _check_comparable(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    probe = args.out / f".{_name(args)}.probe"
+    try:
+        probe.write_bytes(bytes(1 << 20))  # as much as results take
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _check_comparable(args: argparse.Namespace) -> None:
+    """Times of two machines say nothing about the code."""
+    earlier = results.load(args.compare)
+    here = {"machine_info": describe(torch.device(args.device))}
+    if not results.same_device(earlier, here):
+        there, this = (" / ".join(map(str, results.identity(one))) for one in (earlier, here))
+        what = "device / cores / threads / driver"
+        raise ValueError(f"--compare {args.compare} is from another device: {what} there {there}, here {this}")
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Of the files, without ending: the set, and of a model its name."""
+    return args.set if args.model is None else "model-" + args.model.replace(":", "-").replace("/", "-")
+
+
+def _command(args: argparse.Namespace, json_path: str) -> list[str]:
+    # no configuration: nothing that a project's own tests are run with may reach a measurement
+    command = [sys.executable, "-m", "pytest", str(SUITES), "-c", os.devnull, f"--rootdir={SUITES.parent}"]
+    command += ["-p", "no:cacheprovider", "-x", "-s", "-q", "--no-header", "--disable-warnings"]
+    command += [f"--benchmark-json={json_path}", f"--set={args.set}", f"--device={args.device}"]
+    if args.compare is None:
+        command.append("--benchmark-quiet")
+    else:
+        command += [f"--benchmark-compare={args.compare.resolve()}", "--benchmark-columns=median,iqr,rounds"]
+        command += ["--benchmark-group-by=group"]
+    if args.fail_above is not None:
+        command.append(f"--benchmark-compare-fail=median:{args.fail_above}%")
+    for option in ("rounds", "batch", "size", "model"):
+        if (value := getattr(args, option)) is not None:
+            command.append(f"--{option}={value}")
+    for option in ("backend", "layout", "dtype"):
+        command += [f"--{option}={value}" for value in getattr(args, option) or ()]
     if args.paper_code is not None:
         command.append(f"--paper-code={args.paper_code.resolve()}")
-    if args.select:
-        command += ["-k", args.select]
+    return command + (["-k", args.select] if args.select else [])
+
+
+def _measure(args: argparse.Namespace) -> tuple[int, str]:
+    """Run the suites in a process of their own: its status, and the JSON it gives at its end.
+
+    That comes through a pipe, so that nothing but :func:`_save` writes files.
+    """
+    reading, writing = os.pipe()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    return subprocess.run(command, cwd=suites.parent, env=environment, check=False).returncode
+    # ceilings are measured anew in each run; whether the devices are the same was asked before
+    environment["PYTHONWARNINGS"] = "ignore:Benchmark machine_info is different"
+    command = _command(args, f"/dev/fd/{writing}")
+    with subprocess.Popen(command, cwd=os.getcwd(), env=environment, pass_fds=(writing,)) as child:
+        os.close(writing)
+        chunks: list[str] = []
+        with os.fdopen(reading, encoding="utf-8") as pipe:
+            reader = threading.Thread(target=lambda: chunks.append(pipe.read()))
+            reader.start()
+            code = child.wait()
+            reader.join()
+    return code, chunks[0] if chunks else ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure into ``--out``: ``vgg11.json`` and ``vgg11.md``. Earlier results stay until the new ones are complete."""
-    args = _arguments(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    partial, final = args.out / "vgg11.partial.json", args.out / "vgg11.json"
-    partial.unlink(missing_ok=True)
-    try:
-        if code := _measure(args, partial):
-            return code
-        report = table.markdown(table.load(partial))
-        os.replace(partial, final)
-    finally:
-        partial.unlink(missing_ok=True)
-    final.with_suffix(".md").write_text(report, encoding="utf-8")
-    print(f"\n{report}\nsaved: {final}, {final.with_suffix('.md')}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _save(args: argparse.Namespace, text: str) -> str:
+    """Write the files, each whole or not at all; the tables for the terminal."""
+    data = json.loads(text)
+    report = tables.summary(data)
+    path = args.out / f"{_name(args)}.json"
+    results.publish({path: json.dumps(data, separators=(",", ":")) + "\n", path.with_suffix(".md"): report + "\n"})
+    return report

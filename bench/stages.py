@@ -1,8 +1,8 @@
 """Where a layer's time goes: its stages, timed inside a whole training step, of the reference and of a fast backend.
 
-Stages as everywhere: ``patch_moments -> inverse_sqrt -> fold -> convolve``. ``moments`` is the part of
-``patch_moments`` behind the patches; what is left of it is the price of taking them. ``rest`` is what the layer
-does around a fast backend's stages: operators, memory layouts, running statistics.
+Stages as everywhere: ``patch_moments -> inverse_sqrt -> fold -> convolve``, the first in two: ``patches``, the price of
+taking them, and ``moments``. ``rest`` is what the layer does around a fast backend's stages: operators, memory layouts,
+running statistics.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,30 +19,35 @@ import torch
 from torch import Tensor
 
 from tdeconv import corridor, ops, reference
-from tdeconv.bench import measure
+from tdeconv.bench import measure, roofline
 from tdeconv.bench.cases import Layer
-from tdeconv.bench.steps import Problem, Step, oracle_answers
+from tdeconv.bench.clock import Clock, CpuClock
+from tdeconv.bench.measure import Prepared, Variant
+from tdeconv.bench.steps import Problem, Step, away_from_zero, counted, oracle_answers
 from tdeconv.geometry import Geometry
 
-PARTS = ("patch_moments", "moments", "inverse_sqrt", "fold", "convolve", "rest")
-STATISTICS = ("patch_moments", "moments", "inverse_sqrt")  # no backward where the input has no gradient
+STAGES = ("patches", "moments", "inverse_sqrt", "fold", "convolve", "rest")
+STATISTICS = ("patches", "moments", "inverse_sqrt")  # no backward where the input has no gradient
 DIRECTIONS = ("forward", "backward")
-FAST = ("torch",)
-BACKENDS = ("reference", *FAST)
+REFERENCE = "reference"  # the one that is cut at its stages instead of timed at them
+LEAST = 1e-9  # seconds: what is left of one time after another was taken from it may be less than nothing
 
 
-def parts(backend: str, layer: Layer) -> list[tuple[str, str]]:
-    """The parts and directions that a step of this backend and layer has."""
-    mine = PARTS if backend in FAST else PARTS[:-1]
-    return [(p, d) for p in mine for d in DIRECTIONS if d == "forward" or layer.input_grad or p not in STATISTICS]
+def parts(implementation: str, layer: Layer) -> list[str]:
+    """The stages and directions that a step of this implementation and layer has, and the whole step."""
+    mine = STAGES[:-1] if implementation == REFERENCE else STAGES
+    found = [(s, d) for s in mine for d in DIRECTIONS if d == "forward" or layer.input_grad or s not in STATISTICS]
+    return ["step", *(f"{stage} {direction}" for stage, direction in found)]
 
 
 class _Layer:
     """What both ways of running the stages start from: the reference layer's own parameters and options."""
 
     def __init__(self, p: Problem) -> None:
-        module: Any = p.modules["deconv"]
-        self.x, self.grad, self.input_grad = p.x, p.grad, p.layer.input_grad
+        if p.layer.groups > 1:
+            raise ValueError(f"layer must have one group to be cut at its stages, got {p.layer.name}")
+        module: Any = p.modules["deconv"][0]  # behind it is the ReLU
+        self.x, self.grad, self.input_grad = p.x.detach(), p.grad, p.layer.input_grad
         self.weight, self.bias = module.weight.detach(), module.bias.detach()
         self.eps, self.n_iter = module.eps, module.n_iter
         self.geo = Geometry(
@@ -62,13 +68,14 @@ class _Layer:
 class ReferenceStages(_Layer):
     """The reference, cut at the stages: each has an autograd graph of its own, walked back in reverse order."""
 
-    def run(self, timer: measure.Timer) -> dict[str, float]:
-        self.seconds: dict[str, float] = {}
+    def run(self, clock: Clock) -> dict[str, float]:
         self.tape: list[tuple[str, list[Tensor], Sequence[Tensor]]] = []
-        self.timer = timer
+        self.marks: dict[str, tuple[Any, Any]] = {}
+        self.clock = clock
+        start = clock.mark()
         x = self.x.detach().requires_grad_(self.input_grad)
         weight, bias = (t.detach().requires_grad_() for t in (self.weight, self.bias))
-        eye = torch.eye(self.geo.features, dtype=x.dtype)
+        eye = torch.eye(self.geo.features, dtype=x.dtype, device=x.device)
 
         def moments(vectors: Tensor) -> tuple[Tensor, Tensor]:
             mean, cov = reference.patch_moments(vectors, self.flat)
@@ -83,20 +90,18 @@ class ReferenceStages(_Layer):
         )
         (self.y,) = self._forward("convolve", lambda x, w, b: reference.convolve(x, w, b, geo), x, folded, shift)
         self._backward()
+        self.marks["step"] = start, clock.mark()
         self.grads = [t.grad for t in (x, weight, bias) if t.grad is not None]
-        for d in DIRECTIONS:
-            if f"moments {d}" in self.seconds:
-                self.seconds[f"patch_moments {d}"] = self.seconds.pop(f"patches {d}") + self.seconds[f"moments {d}"]
-        return self.seconds
+        return {part: clock.seconds(*marks) for part, marks in self.marks.items()}
 
     def answers(self) -> list[Tensor]:
-        self.run(lambda: 0.0)
+        self.run(CpuClock())
         return [self.y, *self.grads]
 
     def _forward(self, part: str, function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
-        start = self.timer()
+        start = self.clock.mark()
         out = function(*inputs)
-        self.seconds[f"{part} forward"] = self.timer() - start
+        self.marks[f"{part} forward"] = start, self.clock.mark()
         outputs = [out] if isinstance(out, Tensor) else list(out)
         cut = [t.detach().requires_grad_(t.requires_grad) for t in outputs]
         self.tape.append((part, outputs, cut))
@@ -106,32 +111,35 @@ class ReferenceStages(_Layer):
         self.tape[-1][2][0].grad = self.grad
         for part, outputs, cut in reversed(self.tape):
             if outputs[0].requires_grad:
-                start = self.timer()
+                start = self.clock.mark()
                 torch.autograd.backward(outputs, [t.grad for t in cut])
-                self.seconds[f"{part} backward"] = self.timer() - start
+                self.marks[f"{part} backward"] = start, self.clock.mark()
         self.tape.clear()
 
 
-class _TimedStages:
-    """A fast backend's stages, each adding the seconds of its calls to its part."""
+class TimedStages:
+    """A fast backend's stages, each call's marks under its stage and direction: ``"fold backward"``."""
 
-    def __init__(self, stages: corridor.Stages, timer: measure.Timer) -> None:
-        self._stages, self._timer = stages, timer
-        self.seconds: dict[str, float] = defaultdict(float)
+    def __init__(self, stages: corridor.Stages, clock: Clock) -> None:
+        self._stages, self._clock = stages, clock
+        self.marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._stages, name)
         stage, backward, _ = name.partition("_backward")
-        part = f"{stage} {'backward' if backward else 'forward'}"
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self._timer()
+            start = self._clock.mark()
             result = function(*args, **kwargs)
-            if stage in PARTS:
-                self.seconds[part] += self._timer() - start
+            if stage in roofline.STAGES:
+                self.marks[f"{stage} {'backward' if backward else 'forward'}"].append((start, self._clock.mark()))
             return result
 
         return timed
+
+    def seconds(self) -> dict[str, float]:
+        """By stage and direction."""
+        return {part: sum(self._clock.seconds(*m) for m in marks) for part, marks in self.marks.items()}
 
 
 class FastStages(_Layer):
@@ -140,59 +148,75 @@ class FastStages(_Layer):
     def __init__(self, backend: str, p: Problem) -> None:
         super().__init__(p)
         self.stages = ops.stages(backend)
-        module: Any = copy.deepcopy(p.modules["deconv"])
+        modules: Any = copy.deepcopy(p.modules["deconv"])
+        module = modules[0]
         module.backend = backend
         self.step = Step(module, p.x, p.grad, p.layer.input_grad)
         self.vectors = reference.to_vectors(reference.im2col(self.x, self.geo), self.geo)[0].contiguous()
         self.mean, cov = reference.patch_moments(self.vectors, self.flat)
         self.grad_mean, self.grad_cov = torch.randn_like(self.mean), torch.randn_like(cov)
 
-    def run(self, timer: measure.Timer) -> dict[str, float]:
-        with self._timed(timer) as seconds:
-            whole = self.step.run(timer)
+    def run(self, clock: Clock) -> dict[str, float]:
+        with self._timed(clock) as timed:
+            whole = self.step.run(clock)
         whole["backward"] = whole["step"] - whole["forward"]
+        seconds = timed.seconds()
         for d in DIRECTIONS:
-            seconds[f"rest {d}"] = whole[d] - sum(s for part, s in seconds.items() if part.endswith(d))
-        return {**seconds, **self._moments(timer)}
+            rest = whole[d] - sum(s for part, s in seconds.items() if part.endswith(d))
+            seconds[f"rest {d}"] = max(rest, LEAST)
+        for part, moments in self._moments(clock).items():
+            seconds[part] = moments
+            patches = part.replace("moments", "patches")
+            seconds[patches] = max(seconds.pop(part.replace("moments", "patch_moments")) - moments, LEAST)
+        return {"step": whole["step"], **seconds}
 
     def answers(self) -> list[Tensor]:
-        with self._timed(lambda: 0.0):
+        with self._timed(CpuClock()):
             return self.step.first_step()
 
     @contextmanager
-    def _timed(self, timer: measure.Timer) -> Iterator[dict[str, float]]:
-        """Inside, the backend's operators find timed stages; the seconds by part."""
-        timed = _TimedStages(self.stages, timer)
+    def _timed(self, clock: Clock) -> Iterator[TimedStages]:
+        """Inside, the backend's operators find timed stages."""
+        timed = TimedStages(self.stages, clock)
 
         def stages(backend: str) -> Any:
             return timed
 
         with mock.patch.object(ops, "stages", stages):
-            yield timed.seconds
+            yield timed
 
-    def _moments(self, timer: measure.Timer) -> dict[str, float]:
+    def _moments(self, clock: Clock) -> dict[str, float]:
         """The moments alone, of vectors that are there already."""
-        start = timer()
+        start = clock.mark()
         self.stages.patch_moments(self.vectors, self.flat)
-        seconds = {"moments forward": timer() - start}
+        seconds = {"moments forward": clock.seconds(start, clock.mark())}
         if self.input_grad:
             into = torch.zeros_like(self.vectors)
             grads = (self.mean, self.grad_mean, self.grad_cov)
-            start = timer()
+            start = clock.mark()
             self.stages.patch_moments_backward_(into, self.vectors, *grads, self.flat)
-            seconds["moments backward"] = timer() - start
+            seconds["moments backward"] = clock.seconds(start, clock.mark())
         return seconds
 
 
-def prepare(p: Problem) -> dict[str, measure.Work]:
-    """The reference and the fast backends, by name.
+def prepare(p: Problem, names: Sequence[str]) -> Iterator[tuple[Variant, Prepared]]:
+    """The stages of the reference or of fast backends, as a layer calls them, in float32.
 
     Raises:
         AssertionError: the stages of one do not add up to the layer.
     """
-    works: dict[str, Any] = {"reference": ReferenceStages(p), **{name: FastStages(name, p) for name in FAST}}
-    expected = oracle_answers(p, "deconv", torch.float32)  # only the cutting is checked here: test_layers has the rest
-    for name, work in works.items():
+    p = away_from_zero(p, "deconv", torch.float32)
+    # without the ReLU; and only the cutting is checked here: test_layers has the rest
+    expected = oracle_answers(replace(p, modules={"deconv": p.modules["deconv"][0]}), "deconv", torch.float32)
+    for name in names:
+        work: Any = ReferenceStages(p) if name == REFERENCE else FastStages(name, p)
         got = work.answers()
         measure.check(f"{name} by stages", got, expected[: len(got)])
-    return works
+        yield Variant(name, "contiguous", "float32"), Prepared(work, {"batch": p.x.shape[0], "shape": list(p.x.shape)})
+
+
+def floors(layer: Layer, batch: int, ceilings: roofline.Ceilings) -> dict[str, dict[str, Any]]:
+    """What each stage must cost at least; that of the moments is of reading the patches, too."""
+    found = roofline.works(counted(layer, batch, "float32"))
+    named = {f"{w.stage.removeprefix('patch_')} {w.direction}": roofline.total([w], ceilings) for w in found}
+    return {**named, "step": roofline.total(found, ceilings)}

@@ -1,4 +1,4 @@
-"""VGG-11's 3x3 layers: forward in training, and a whole training step without the optimiser."""
+"""Layers of VGG-11 and ResNet-50 with normalisation and ReLU: forward in training, and a training step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tdeconv.bench.cases import BY_NAME
-from tdeconv.bench.measure import recorded_clock
-from tdeconv.bench.steps import KINDS
+from tdeconv.bench.measure import Row, recorded_clock
 
 
 @pytest.mark.benchmark(timer=recorded_clock)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layer", BY_NAME)
-def test_layer(replay: Callable[..., None], layer: str, kind: str, implementation: str) -> None:
-    replay(layer, implementation, kind, kind=kind)
+def test_layer(replay: Callable[[Row], None], row: Row) -> None:
+    replay(row)

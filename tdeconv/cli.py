@@ -7,25 +7,36 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from tdeconv import __version__, backends, checks
 from tdeconv.convert import convert_deconv
-from tdeconv.vision import torchvision
+from tdeconv.named_models import FORMS, load_model, random_input, some_loss, to_layout
 
-# Which of pip's extras brings a module that a command may find missing.
+# pip's extras, and the modules they bring that a command may find missing.
 _EXTRAS = {
-    "matplotlib": "demo",
-    "rich": "demo",
-    "skimage": "demo",
-    "sklearn": "demo",
-    "tqdm": "demo",
-    "torchvision": "vision",
+    "demo": ("matplotlib", "rich", "skimage", "sklearn", "tqdm"),
+    "bench": ("cpuinfo", "jinja2", "matplotlib", "pytest", "pytest_benchmark", "tqdm"),
+    "vision": ("timm", "torchvision"),
+}
+
+
+class _Command(NamedTuple):
+    """A command with a module of its own: ``add_arguments(parser)`` and ``run(args) -> int``."""
+
+    module: str
+    extra: str  # asked for if one of its modules is missing
+    about: str
+
+
+_COMMANDS = {
+    "demo": _Command("tdeconv.demo", "demo", "train batch norm against network deconvolution on real images"),
+    "bench": _Command("tdeconv.bench.run", "bench", "measure what deconvolution costs on this machine"),
+    "report": _Command("tdeconv.bench.report", "bench", "turn what bench saved into a page with tables and plots"),
+    "profile": _Command("tdeconv.bench.profiling", "bench", "show where a model's training step spends its time"),
 }
 
 
@@ -41,17 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
-        if module not in _EXTRAS:
+        extra = _extra(module, argv)
+        if extra is None:
             raise
-        print(f"tdeconv: {module} is not installed; pip install 'tdeconv[{_EXTRAS[module]}]'", file=sys.stderr)
+        print(f"tdeconv: {module} is not installed; pip install 'tdeconv[{extra}]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("tdeconv: interrupted", file=sys.stderr)
         return 130
 
 
+def _extra(module: str, argv: Sequence[str]) -> str | None:
+    """Which extra brings a module: the asked for command's own if it does."""
+    extras = [extra for extra, modules in _EXTRAS.items() if module in modules]
+    own = _COMMANDS[argv[0]].extra if argv and argv[0] in _COMMANDS else None
+    return own if own in extras else next(iter(extras), None)
+
+
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of ``argv``; the demo is imported only when it is what ``argv`` asks for."""
+    """The parser of ``argv``; a command's module is imported only when it is what ``argv`` asks for."""
     parser = argparse.ArgumentParser(prog="tdeconv", description="Network deconvolution for PyTorch.")
     parser.add_argument("--version", action="version", version=f"tdeconv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -59,12 +78,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, and which backend runs on each")
     info.set_defaults(run=_info)
 
-    about = "train batch norm against network deconvolution on real images"
-    demo = commands.add_parser("demo", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    if argv[:1] == ["demo"]:
-        module = import_module("tdeconv.demo")
-        module.add_arguments(demo)
-        demo.set_defaults(run=module.run)
+    for name, command in _COMMANDS.items():
+        about = f"{command.about[0].upper()}{command.about[1:]}."
+        subparser = commands.add_parser(name, help=command.about, description=about)
+        if argv[:1] == [name]:
+            module = import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
 
     _add_warmup(commands)
     return parser
@@ -143,7 +163,7 @@ def _add_warmup(commands: Any) -> None:
     about = "measure on this GPU which configurations of the kernels are fastest for a model, and keep them"
     warmup = commands.add_parser("warmup", help=about, description=f"{about[0].upper()}{about[1:]}.")
     add = warmup.add_argument
-    add("model", metavar="MODEL", help="a torchvision model's name, or MODULE:FUNCTION that returns a torch.nn.Module")
+    add("model", metavar="MODEL", help=FORMS)
     shape = {"type": _positive, "nargs": "+", "default": [64, 3, 224, 224], "metavar": "N"}
     add("--shape", **shape, help="of the input, batch first (default 64 3 224 224)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="by autocast (%(default)s)")
@@ -159,7 +179,7 @@ def _warmup(args: argparse.Namespace) -> int:
         print(f"tdeconv: there is nothing to warm up here: {missing}", file=sys.stderr)
         return 1
     try:
-        model = convert_deconv(_model(args.model))
+        model = convert_deconv(load_model(args.model))
     except (ValueError, TypeError) as error:
         print(f"tdeconv: {error}", file=sys.stderr)
         return 2
@@ -167,51 +187,12 @@ def _warmup(args: argparse.Namespace) -> int:
     known = tuning._entries(tuning._file(device))
     before = len(known)
     with backends.use_backend("triton"), tuning.tune():
-        _train_a_step(model.to(device).train(), _input(args, device), getattr(torch, args.dtype))
+        x = random_input(args.shape, args.layout, device)
+        model = to_layout(model.to(device).train(), args.layout if x.ndim == 4 else "contiguous")
+        dtype = getattr(torch, args.dtype)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = model(x)
+        some_loss(output).backward()
     why = "; a CPU's times would mean nothing" if device.type == "cpu" else ""
     print(f"measured {len(known) - before} sizes, {before} were known{why}; kept in {tuning.folder()}")
     return 0
-
-
-def _model(name: str) -> nn.Module:
-    """From ``module:function``, the working directory's modules among them, or torchvision's of this name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    module, colon, function = name.partition(":")
-    if not colon:
-        model = torchvision().models.get_model(name, weights=None)
-    else:
-        sys.path.insert(0, os.getcwd())
-        try:
-            model = getattr(import_module(module), function)()
-        except (AttributeError, ModuleNotFoundError) as error:
-            raise ValueError(f"MODEL {name!r} cannot be made: {error}") from None
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"MODEL {name!r} gave a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _input(args: argparse.Namespace, device: torch.device) -> Tensor:
-    x = torch.randn(args.shape, device=device)
-    images = args.layout == "channels_last" and x.ndim == 4
-    return x.contiguous(memory_format=torch.channels_last) if images else x
-
-
-def _train_a_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype):
-        output = model(x)
-    losses = [t.float().square().mean() for t in _tensors(output) if t.requires_grad]
-    torch.stack(losses).sum().backward()
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a model's output: a tensor, or a dict or sequence of such outputs."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (dict, list, tuple)):
-        for item in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(item)

@@ -1,9 +1,10 @@
-"""The benchmarks' machinery, on layers too small to time: what it measures and reports is right."""
+"""The benchmarks' machinery, on layers too small to time: what it measures and how is right."""
 
 from __future__ import annotations
 
+import copy
 import itertools
-import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,33 +13,55 @@ import pytest
 import torch
 from torch import nn
 
-from tdeconv.bench import implementations, measure, run, stages, steps, table
-from tdeconv.bench.cases import BATCH, VGG11, Layer, activations
+from tdeconv.backends import BackendUnavailable
+from tdeconv.bench import cases, clock, implementations, machine, measure, nets, roofline, sets, stages, steps, suites
+from tdeconv.bench.cases import Layer, activations
+from tdeconv.bench.measure import Row, Variant
+from tdeconv.vision import torchvision
 
+CPU = torch.device("cpu")
 TINY = Layer(8, 6, 7)
-TINY_FIRST = Layer(3, 4, 7, input_grad=False)
+TINY_FIRST = Layer(3, 4, 7, kernel=5, stride=2, input_grad=False)
+TINY_POINT = Layer(8, 6, 7, kernel=1, block=2, n_iter=3)
+TINY_GROUPS = Layer(8, 6, 7, groups=2)
+LAYERS = pytest.mark.parametrize("layer", [TINY, TINY_FIRST, TINY_POINT], ids=["hidden", "first", "point"])
+MADE_UP = roofline.Ceilings(1e10, {torch.float32: 1e11, torch.bfloat16: 1e11}, 1e-6)
+needs_compiler = pytest.mark.skipif(implementations.why_not_compiled(CPU) is not None, reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads only wait for each other on layers so small, here and in the run that is started."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def _one_thread() -> Iterator[None]:
+    """Threads only wait for each other on layers so small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+class CountingClock:
+    """Each mark is one second after the one before."""
+
+    def __init__(self) -> None:
+        self.mark: Callable[[], int] = itertools.count().__next__
+        self.readied = 0
+
+    def ready(self) -> None:
+        self.readied += 1
+
+    def seconds(self, start: int, end: int) -> float:
+        return float(end - start)
+
+
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
 class _Tick:
-    """A work of known cost on a clock of its own."""
+    """A work of known cost."""
 
     def __init__(self, name: str, log: list[str], cost: float) -> None:
         self.name, self.log, self.cost = name, log, cost
 
-    def run(self, timer: Callable[[], float]) -> dict[str, float]:
+    def run(self, clock: clock.Clock) -> dict[str, float]:
         self.log.append(self.name)
         return {"part": self.cost * self.log.count(self.name)}
 
@@ -46,12 +69,14 @@ class _Tick:
 def test_every_round_runs_each_work_once_in_changing_order() -> None:
     log: list[str] = []
     works = {name: _Tick(name, log, cost) for name, cost in (("a", 1.0), ("b", 10.0), ("c", 100.0))}
-    recorded = measure.interleaved(works, 9)
+    counting = CountingClock()
+    recorded = measure.interleaved(works, 9, clock=counting)
     rounds = [tuple(log[i : i + 3]) for i in range(0, len(log), 3)]
     assert len(rounds) == 9
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 2
     assert recorded["b"]["part"] == [10.0 * i for i in range(1, 10)]
+    assert counting.readied == 27
 
 
 class _Pedantic:
@@ -73,18 +98,6 @@ def test_replay_gives_the_recorded_durations() -> None:
     assert benchmark.data == [0.1, 0.3, 0.2]
 
 
-def test_saved_bytes_counts_each_storage_once_and_no_parameters() -> None:
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    conv = nn.Conv2d(3, 5, 3, bias=False)
-    assert measure.forward_counted(conv, x)[1] == x.nbytes
-    # tanh keeps its output, which is also the second convolution's input
-    twice = nn.Sequential(conv, nn.Tanh(), nn.Conv2d(5, 4, 3))
-    assert measure.forward_counted(twice, x)[1] == x.nbytes + 2 * 5 * 6 * 6 * 4
-    flat, none = measure.forward_counted(nn.Flatten(), x)
-    assert flat.shape == (2, 192)
-    assert none == 0
-
-
 def test_check_refuses_wrong_and_undefined_answers() -> None:
     good = torch.ones(4, dtype=torch.float64)
     assert measure.check("x", [good.float()], [good]) == 0
@@ -94,14 +107,81 @@ def test_check_refuses_wrong_and_undefined_answers() -> None:
         measure.check("x", [torch.full((4,), torch.nan)], [good])
 
 
+class _Event:
+    """A CUDA event that was recorded at a time."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.waited = False
+
+    def record(self, stream: object) -> None:
+        _Event.now += 0.25
+        self.at = _Event.now
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert end.waited  # CUDA refuses to tell before
+        return 1e3 * (end.at - self.at)
+
+
+def test_a_gpu_s_clock_waits_for_events_and_floods_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    properties = type("P", (), {"L2_cache_size": 64})
+    for name, value in {
+        "Event": _Event,
+        "current_stream": lambda device: None,
+        "synchronize": waited.append,
+        "get_device_properties": lambda device: properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    found = clock.CudaClock(CPU)
+    found._flood.fill_(1)
+    found.ready()
+    assert found._flood.numel() == 128
+    assert not found._flood.any()
+    assert waited == [CPU]
+    assert found.seconds(found.mark(), found.mark()) == 0.25
+
+
+def test_there_is_no_clock_for_other_devices() -> None:
+    assert isinstance(clock.clock_of(CPU), clock.CpuClock)
+    with pytest.raises(ValueError, match="device must be a cpu or cuda device, got meta"):
+        clock.clock_of(torch.device("meta"))
+
+
 # ------------------------------------------------------------------------------------------------------------ cases
 
 
-def test_vgg11_has_eight_layers_at_the_paper_s_batch() -> None:
-    assert sum(layer.count for layer in VGG11) == 8
-    assert [layer.input_grad for layer in VGG11] == [False] + [True] * 6
-    assert all(a.out_channels == b.in_channels for a, b in itertools.pairwise(VGG11))
-    assert BATCH == 128
+@pytest.mark.parametrize(("network", "convolutions", "parameters"), [("vgg11", 8, 9_217_728), ("resnet50", 53, None)])
+def test_networks_have_all_their_convolutions(network: str, convolutions: int, parameters: int | None) -> None:
+    layers = cases.NETWORKS[network](224)
+    assert sum(layer.count for layer in layers) == convolutions
+    assert [layer.input_grad for layer in layers] == [False] + [True] * (len(layers) - 1)
+    weights = sum(layer.count * layer.in_channels * layer.out_channels * layer.kernel**2 for layer in layers)
+    assert weights == (parameters or 23_454_912)  # ResNet-50's without the 2,048,000 of its last layer and batch norms
+    assert layers[-1].out_size == (14 if network == "vgg11" else 7)
+
+
+def test_layers_match_torchvision_s() -> None:
+    model = torchvision().models.resnet50(weights=None).eval()
+    seen: dict[tuple[int, ...], int] = {}
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        key = (module.in_channels, module.out_channels, inputs[0].shape[-1], module.kernel_size[0], module.stride[0])
+        seen[key] = seen.get(key, 0) + 1
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    ours = {(one.in_channels, one.out_channels, one.size, one.kernel, one.stride): one.count
+            for one in cases.resnet50(64)}  # fmt: skip
+    assert ours == seen
 
 
 def test_activations_are_correlated_and_repeatable() -> None:
@@ -125,168 +205,258 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("layer", [TINY, TINY_FIRST], ids=["hidden", "first"])
+def _everyone(checkout: Path | None = None, compiled: bool = False) -> tuple[implementations.Implementation, ...]:
+    return implementations.implementations(CPU, paper_code=checkout, compiled=compiled)
+
+
+def _wanted(everyone: Any, dtype: str = "float32") -> list[tuple[implementations.Implementation, Variant]]:
+    return [(one, Variant(one.name, layout, dtype)) for one in everyone for layout in one.layouts]
+
+
+@LAYERS
 def test_all_implementations_agree_and_are_timed(layer: Layer, checkout: Path) -> None:
-    everyone = implementations.implementations(checkout)
-    assert tuple(one.name for one in everyone) == table.NAMES
-    works, errors = steps.prepare(steps.problem(layer, 3), everyone)
-    assert set(works) == set(errors) == set(table.NAMES)
-    assert all(0 < error < measure.TOLERANCE for error in errors.values())
-    for work in works.values():
-        seconds = work.run(itertools.count().__next__)
-        assert seconds == {"forward": 1, "step": 2}
+    wanted = _wanted(_everyone(checkout))
+    works = dict(steps.prepare(steps.problem(layer, 3), wanted))
+    assert set(works) == {variant for _, variant in wanted}
+    assert {variant.implementation for variant in works} == {"conv_bn_relu", "reference", "paper", "torch"}
+    for variant, prepared in works.items():
+        assert 0 < prepared.info["error"] < measure.TOLERANCE
+        assert prepared.info["shape"] == [3, layer.in_channels, 7, 7]
+        assert 0 < prepared.info["allocations"] < 1000
+        assert prepared.info["peak_bytes"] > prepared.info["saved_bytes"] > 0
+        work: Any = prepared.work
+        assert work.run(CountingClock()) == {"forward": 1, "step": 2}
         assert (work.x.grad is not None) == layer.input_grad
-    assert works["torch_channels_last"].grad.is_contiguous(memory_format=torch.channels_last)
-    assert works["torch"].saved_bytes > works["torch"].x.nbytes
+        assert work.grad.is_contiguous(memory_format=steps.FORMATS[variant.layout])
+
+
+def test_what_is_near_the_relu_s_jump_gets_no_gradient() -> None:
+    problem = steps.problem(TINY, 3)
+    for method in problem.modules:
+        masked = steps.away_from_zero(problem, method, torch.bfloat16)
+        kept = masked.grad != 0
+        assert 0.85 < kept.float().mean() < 0.97  # 92% of normal values are beyond a tenth of their deviation
+        assert torch.equal(masked.grad[kept], problem.grad[kept])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_may_be_as_wrong_as_the_plain_code(dtype: str) -> None:
+    works = dict(steps.prepare(steps.problem(TINY, 3), _wanted(_everyone(), dtype)))
+    assert all(1e-4 < prepared.info["error"] < 0.1 for prepared in works.values())
+    work: Any = next(iter(works.values())).work
+    assert work.x.dtype == getattr(torch, dtype)
+    assert next(work.module.parameters()).dtype == torch.float32
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_layers_are_compiled_however_many_there_are() -> None:
+    everyone = [one for one in _everyone(compiled=True) if one.name == "conv_bn_relu_compiled"]
+    torch._dynamo.reset()
+    for size in range(5, 15):  # the compiler's limit for one code object is 8
+        works = dict(steps.prepare(steps.problem(Layer(2, 2, size), 2), _wanted(everyone)))
+        assert len(works) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 20
 
 
 def test_an_implementation_with_wrong_answers_is_not_timed() -> None:
     def wrong(layer: Layer) -> nn.Module:
-        module = implementations.REFERENCE.build(layer)
-        module.n_iter = 4
+        module: Any = implementations.REFERENCE.build(layer)
+        module[0].n_iter = 4
         return module
 
+    one = implementations.Implementation("wrong", "deconv", wrong, copy.deepcopy)
     with pytest.raises(AssertionError, match="wrong: relative errors"):
-        steps.prepare(steps.problem(TINY, 3), [implementations.Implementation("wrong", "deconv", wrong)])
+        list(steps.prepare(steps.problem(TINY, 3), _wanted([one])))
 
 
-@pytest.mark.parametrize("layer", [TINY, TINY_FIRST], ids=["hidden", "first"])
-@pytest.mark.parametrize("backend", stages.BACKENDS)
-def test_stages_are_timed_inside_a_step_that_is_right(layer: Layer, backend: str) -> None:
-    work = stages.prepare(steps.problem(layer, 3))[backend]
-    seconds = work.run(itertools.count().__next__)
-    expected = {f"{part} {direction}" for part, direction in stages.parts(backend, layer)}
-    assert set(seconds) == expected
-    assert ("inverse_sqrt backward" in expected) == layer.input_grad
+@LAYERS
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_stages_are_timed_inside_a_step_that_is_right(layer: Layer, name: str) -> None:
+    ((variant, prepared),) = stages.prepare(steps.problem(layer, 3), [name])
+    assert variant == (name, "contiguous", "float32")
+    seconds = prepared.work.run(clock.CpuClock())
+    assert set(seconds) == set(stages.parts(name, layer))
+    assert ("inverse_sqrt backward" in seconds) == layer.input_grad
     assert all(s > 0 for s in seconds.values())
+    counted = prepared.work.run(CountingClock())
+    assert counted["fold forward"] == 1  # a mark before and one behind
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_group_convolutions_are_not_cut_at_their_stages(name: str) -> None:
+    with pytest.raises(ValueError, match="layer must have one group to be cut at its stages, got 8-6 3x3 in 2 groups"):
+        list(stages.prepare(steps.problem(TINY_GROUPS, 3), [name]))
+    assert len(dict(steps.prepare(steps.problem(TINY_GROUPS, 3), _wanted(_everyone())))) == 5
+
+
+def test_a_stage_called_twice_counts_twice() -> None:
+    counting: Any = CountingClock()
+    timed: Any = stages.TimedStages(
+        type("Stages", (), {"fold": lambda self: 5, "describe": lambda self: 6})(), counting
+    )
+    assert [timed.fold(), timed.fold(), timed.describe()] == [5, 5, 6]
+    assert timed.seconds() == {"fold forward": 2.0}
 
 
 def test_a_folder_without_the_paper_s_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no models.deconv\.py in"):
-        implementations.implementations(tmp_path)
+        _everyone(tmp_path)
 
 
-def test_rounds_and_batch_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
-    for option in ("--rounds", "--batch"):
-        with pytest.raises(SystemExit):
-            run.main([option, "0"])
-        assert f"{option}: must be at least 1, got 0" in capsys.readouterr().err
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable, match="backend 'triton' was asked for"):
+        implementations.implementations(CPU, backends=["triton"])
 
 
-# ----------------------------------------------------------------------------------------------------------- tables
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C++ compiler" in str(implementations.why_not_compiled(CPU))
+    assert not any(one.compiled for one in implementations.implementations(CPU))
 
 
-def _row(median: float, **extra: Any) -> dict[str, Any]:
-    stats = {"median": median, "iqr": 0.1 * median, "rounds": 5}
-    about = {"batch": 128, "dtype": "float32", "commit": "0123456789abcdef-dirty"}
-    return {"stats": stats, "extra_info": {**about, **extra}}
-
-
-def _step(layer: str, count: int, name: str, median: float, saved: int) -> dict[str, Any]:
-    return _row(median, layer=layer, count=count, implementation=name, kind="step", saved_bytes=saved)
-
-
-def _stage(layer: str, count: int, stage: str, median: float) -> dict[str, Any]:
-    more = {"implementation": "torch", "stage": stage, "direction": "forward"}
-    return _row(median, layer=layer, count=count, **more)
+# ---------------------------------------------------------------------------------------------------------- networks
 
 
 @pytest.fixture
-def results() -> dict[str, Any]:
-    machine = {"device": "Some CPU @ 2.0GHz", "cores": 2, "threads": 2, "torch": "2.13", "python_version": "3.12"}
-    rows = [
-        _step("a", 1, "conv_bn", 0.010, 1_000_000),
-        _step("a", 1, "torch", 0.015, 500_000),
-        _step("b", 2, "conv_bn", 0.020, 2_000_000),
-        _step("b", 2, "torch", 0.060, 3_000_000),
-        _stage("a", 1, "patch_moments", 0.005),
-        _stage("a", 1, "moments", 0.002),
-        _stage("b", 2, "patch_moments", 0.003),
-        _stage("b", 2, "moments", 0.001),
-        _stage("b", 2, "fold", 0.004),
-    ]
-    return {"machine_info": machine, "datetime": "2026-01-02T03:04:05", "benchmarks": rows}
+def network(monkeypatch: pytest.MonkeyPatch) -> nets.Network:
+    """Small, with a dropout and a depthwise layer."""
+
+    def build(name: str, argument: str) -> nn.Module:
+        assert (name, argument) == ("mine", "--model")
+        return nn.Sequential(
+            *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)),
+            *(nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(100, 5)),
+        )
+
+    monkeypatch.setattr(nets, "load_model", build)
+    return nets.Network("mine", 4, 9)
 
 
-def _cells(report: str, section: str, number: int) -> list[list[str]]:
-    """The cells of a section's n-th table."""
-    after = report.partition(f"## {section}")[2]
-    blocks = after.partition("\n## ")[0].split("\n\n")
-    lines = [block for block in blocks if block.startswith("|")][number].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+def test_networks_are_converted_checked_and_timed(network: nets.Network, checkout: Path) -> None:
+    wanted = _wanted(_everyone(checkout))
+    problem = nets.problem(network)
+    works = dict(nets.prepare(problem, wanted))
+    assert set(works) == {variant for _, variant in wanted}
+    for variant, prepared in works.items():
+        work: Any = prepared.work
+        assert (
+            prepared.info["error"] < 1e-2
+        )  # four images make rounding large
+        assert prepared.info["saved_bytes"] > 0
+        assert prepared.info["shape"] == [4, 3, 9, 9]
+        assert work.run(CountingClock()) == {"forward": 1, "step": 2}
+        assert all(p.grad is None for p in work.model.parameters())
+        has_norm = any(isinstance(m, nn.BatchNorm2d) for m in work.model.modules())
+        assert has_norm == (variant.implementation == "conv_bn_relu")
 
 
-def test_ratios_are_of_medians_and_sums_count_repeated_layers(results: dict[str, Any]) -> None:
-    report = table.markdown(results)
-    ratios, times = (_cells(report, "Training step", i) for i in range(2))
-    assert ratios == [
-        ["layer", "torch / conv_bn"],
-        ["a", "1.50"],
-        ["b (x2)", "3.00"],
-        ["all 3 layers", "2.70"],  # (15 + 2 * 60) / (10 + 2 * 20)
-    ]
-    assert times[-1] == ["all 3 layers", "50.0", "135.0"]
-    assert _cells(report, "Saved for backward", 0)[-1] == ["all 3 layers", "1.30"]  # 6.5 MB / 5 MB
-    assert "commit 0123456789ab with changes" in report
+def test_a_network_that_refuses_the_images_is_refused(network: nets.Network) -> None:
+    with pytest.raises(ValueError, match=r"--model mine does not take images \(4, 3, 2, 2\)"):
+        nets.problem(nets.Network("mine", 4, 2))
 
 
-def test_patches_are_what_patch_moments_take_beyond_moments(results: dict[str, Any]) -> None:
-    assert _cells(table.markdown(results), "Stages of torch, forward", 0) == [
-        ["layer", "patches", "moments", "fold", "sum"],
-        ["a", "3.0", "2.0", "-", "5.0"],
-        ["b (x2)", "2.0", "1.0", "4.0", "7.0"],
-        ["all 3 layers", "7.0", "4.0", "8.0", "19.0"],
-    ]
+def test_a_network_with_wrong_outputs_is_not_timed(network: nets.Network) -> None:
+    def wrong(model: nn.Module) -> nn.Module:
+        model: Any = implementations.REFERENCE.convert(model)
+        model[0].n_iter = 3
+        return model
+
+    one = implementations.Implementation("wrong", "deconv", implementations.REFERENCE.build, wrong)
+    with pytest.raises(AssertionError, match="wrong: relative errors"):
+        list(nets.prepare(nets.problem(network), _wanted([one])))
 
 
-def test_kept_results_carry_their_device_and_make_the_same_report(results: dict[str, Any], tmp_path: Path) -> None:
-    source = tmp_path / "vgg11.json"
-    source.write_text(json.dumps(results), encoding="utf-8")
-    folder = table.keep(source, tmp_path / "results")
-    assert folder.name == "some-cpu-2-0ghz-2-cores"
-    assert json.loads((folder / "vgg11.json").read_text(encoding="utf-8")) == results
-    assert (folder / "vgg11.md").read_text(encoding="utf-8") == table.markdown(results)
+# --------------------------------------------------------------------------------------------------- sets and suites
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", '{"benchmarks": []}'])
-def test_a_file_without_results_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(SystemExit):
-        table.main([str(path)])
-    assert "x.json" in capsys.readouterr().err
+def _session(name: str, **options: Any) -> suites.Session:
+    plan = sets.plan(name, CPU, sets.Options(**options))
+    return suites.Session(plan, CPU, _everyone())
 
 
-# ---------------------------------------------------------------------------------------------------------- the run
+@pytest.mark.parametrize("name", sets.SETS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_set_has_rows_that_are_told_apart(name: str, device: str) -> None:
+    plan = sets.plan(name, torch.device(device), sets.Options(model="timm:resnet18"))
+    session = suites.Session(plan, torch.device(device), _everyone())
+    rows = {test: list(suite.rows(session)) for test, suite in suites.BY_TEST.items()}
+    assert sum(map(len, rows.values())) > 2
+    assert all(len(set(mine)) == len(mine) for mine in rows.values())
+    for test, mine in rows.items():
+        for row in mine:
+            about = suites.BY_TEST[test].about(session, row, MADE_UP)
+            assert about["suite"] == test.removeprefix("test_")
+            assert about["count"] > 0
+            assert "kind" in about or "stage" in about
+            assert about.get("floor_s", 1) > 0
+    if device == "cuda":
+        assert {row.dtype for row in rows["test_layer"]} <= {"bfloat16"}
+        assert all(network.size == 224 for network in plan.networks.values())
 
 
-def test_a_run_measures_saves_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options = ["--out", str(tmp_path), "--batch", "2", "--rounds", "3"]
-    assert run.main([*options, "--select", "3-64-32x32"]) == 0
-    printed = capfd.readouterr().out
-    data = table.load(tmp_path / "vgg11.json")
-    assert (tmp_path / "vgg11.md").read_text(encoding="utf-8") in printed
-    rows = data["benchmarks"]
-    assert len(rows) == 2 * 5 + sum(len(stages.parts(backend, VGG11[0])) for backend in stages.BACKENDS)
-    assert all(len(row["stats"]["data"]) == 3 for row in rows)
-    info = [row["extra_info"] for row in rows]
-    assert all(i["commit"] and i["cpu"] and i["torch"] == torch.__version__ and i["threads"] > 0 for i in info)
-    layers = [row for row in rows if "kind" in row["extra_info"]]
-    assert all(row["extra_info"]["saved_bytes"] > 0 for row in layers)
-    median = {(r["extra_info"]["implementation"], r["extra_info"]["kind"]): r["stats"]["median"] for r in layers}
-    assert all(0 < median[name, "forward"] < median[name, "step"] for name, _ in median)
-    assert {row["group"] for row in layers} == {"3-64-32x32 forward", "3-64-32x32 step"}
+def test_options_change_a_set() -> None:
+    options = {"batch": 2, "size": 16, "rounds": 3, "layouts": ("channels_last",), "dtypes": ("bfloat16",)}
+    session = _session("layers", **options)
+    rows = list(suites.BY_TEST["test_layer"].rows(session))
+    assert session.plan.rounds == 3
+    assert {row.dtype for row in rows} == {"bfloat16"}
+    # what exists in one layout only is measured in that one
+    assert {(row.implementation, row.layout) for row in rows} == {
+        ("conv_bn_relu", "channels_last"),
+        ("torch", "channels_last"),
+        ("reference", "contiguous"),
+    }
+    assert {batch for _, batch in session.plan.layers.values()} == {2}
+    assert {layer.size for layer, _ in session.plan.layers.values() if not layer.input_grad} == {16}
 
 
-def test_a_run_that_fails_keeps_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    earlier = tmp_path / "vgg11.json"
-    earlier.write_text("earlier", encoding="utf-8")
+def test_unknown_sets_are_refused() -> None:
+    with pytest.raises(ValueError, match="set must be one of quick, layers"):
+        sets.plan("everything", CPU, sets.Options())
+    with pytest.raises(ValueError, match="needs the name of a model"):
+        sets.plan("model", CPU, sets.Options())
 
-    def fail(args: Any, json_path: Path) -> int:
-        json_path.write_text("half", encoding="utf-8")
-        return 3
 
-    monkeypatch.setattr(run, "_measure", fail)
-    assert run.main(["--out", str(tmp_path)]) == 3
-    assert earlier.read_text(encoding="utf-8") == "earlier"
-    assert [p.name for p in tmp_path.iterdir()] == ["vgg11.json"]
+def test_a_layer_s_floor_is_its_method_s() -> None:
+    session = _session("quick")
+    rows = suites.BY_TEST["test_layer"].rows(session)
+    case = "vgg11 256-256 3x3 at 8"
+    floors = {(row.implementation, row.part): suites.BY_TEST["test_layer"].about(session, row, MADE_UP)
+              for row in rows if row.case == case}  # fmt: skip
+    assert floors["torch", "step"] == floors["reference", "step"]
+    assert floors["torch", "step"]["operations"] > floors["conv_bn_relu", "step"]["operations"]
+    # conv + batch norm + ReLU: 2 N Ho Wo C O k^2, three times; 8 passes over the output beside the convolution's
+    assert floors["conv_bn_relu", "step"]["operations"] == 3 * 2 * 128 * 64 * 256 * 256 * 9
+    x, weight = 128 * 64 * 256 * 4, 256 * 256 * 9 * 4
+    assert floors["conv_bn_relu", "step"]["bytes"] == 3 * (2 * x + weight) + 8 * x
+
+
+def test_the_moments_share_is_of_their_time_with_the_patches() -> None:
+    seconds = {"moments forward": [1.0, 2.0, 6.0], "patches forward": [0.5, 0.5, 0.5], "fold forward": [3.0, 4.0]}
+    assert suites.median(seconds, "moments forward") == 2.5
+    assert suites.median(seconds, "fold forward") == 3.5
+
+
+def test_sweeps_are_prepared_with_all_their_parts() -> None:
+    session = _session("scaling")
+    row = Row("n_iter 2", "torch", "contiguous", "float32", "fold forward")
+    layer, _ = session.plan.sweeps[row.case]
+    session.plan.sweeps[row.case] = (layer, 1)
+    both = [Variant(name, "contiguous", "float32") for name in ("conv_bn_relu", "torch")]
+    works = dict(suites.BY_TEST["test_scaling"].prepare(session, row.case, both))
+    assert set(works) == set(both)
+    assert set(works[both[1]].work.run(clock.CpuClock())) == set(stages.parts("torch", layer))
+    about = suites.BY_TEST["test_scaling"].about(session, row, MADE_UP)
+    assert (about["axis"], about["value"], about["stage"], about["direction"]) == ("n_iter", 2, "fold", "forward")
+
+
+def test_the_machine_is_described_without_its_name() -> None:
+    found = machine.describe(CPU)
+    assert found["torch"] == torch.__version__
+    assert found["driver"] is None
+    assert found["cores"] >= 1
+    assert set(found) == {"device", "cores", "threads", "driver", "torch", "triton"}
+    assert machine.as_json(MADE_UP) == {"memory": 1e10, "launch": 1e-6, "matmul": {"float32": 1e11, "bfloat16": 1e11}}

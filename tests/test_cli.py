@@ -18,12 +18,23 @@ import torch
 import tdeconv
 from tdeconv import cli
 
+MODULES = {
+    "demo": "tdeconv.demo",
+    "bench": "tdeconv.bench.run",
+    "report": "tdeconv.bench.report",
+    "profile": "tdeconv.bench.profiling",
+}
+
+
+def fake(command: str, monkeypatch: pytest.MonkeyPatch, run: object) -> None:
+    module = ModuleType(MODULES[command])
+    module.add_arguments = lambda parser: parser.add_argument("--epochs", type=int, default=3)
+    module.run = run
+    monkeypatch.setitem(sys.modules, MODULES[command], module)
+
 
 def fake_demo(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
-    demo = ModuleType("tdeconv.demo")
-    demo.add_arguments = lambda parser: parser.add_argument("--epochs", type=int, default=3)
-    demo.run = run
-    monkeypatch.setitem(sys.modules, "tdeconv.demo", demo)
+    fake("demo", monkeypatch, run)
 
 
 @pytest.fixture
@@ -87,31 +98,54 @@ def test_info_gives_tritons_version(
     assert f"triton   {version}\n" in capsys.readouterr().out
 
 
-def test_demo_gets_its_arguments_and_gives_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_demo(monkeypatch, lambda args: 40 + args.epochs)
-    assert cli.main(["demo", "--epochs", "2"]) == 42
-    assert cli.main(["demo"]) == 43
+@pytest.mark.parametrize("command", MODULES)
+def test_a_command_gets_its_arguments_and_gives_the_exit_status(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(command, monkeypatch, lambda args: 40 + args.epochs)
+    assert cli.main([command, "--epochs", "2"]) == 42
+    assert cli.main([command]) == 43
 
 
-def test_demo_help_lists_the_demos_arguments(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", MODULES)
+def test_a_commands_help_lists_its_arguments(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_demo(monkeypatch, None)
+    fake(command, monkeypatch, None)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["demo", "--help"])
+        cli.main([command, "--help"])
     assert stopped.value.code == 0
     assert "--epochs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("module", "extra"), [("skimage.data", "demo"), ("torchvision", "vision")])
+def test_help_has_a_line_for_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert {*MODULES, "info", "warmup"} <= {words[0] for words in lines if len(words) == 2}
+    assert ["profile", "show where a model's training step spends its time"] in lines  # one line, whole
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        ("demo", "skimage.data", "demo"),
+        ("demo", "torchvision", "vision"),
+        ("demo", "matplotlib.pyplot", "demo"),
+        ("report", "matplotlib", "bench"),  # the demo's extra has it too, and much else
+        ("report", "jinja2", "bench"),
+        ("bench", "pytest_benchmark", "bench"),
+        ("bench", "pytest", "bench"),
+        ("profile", "tqdm", "bench"),
+        ("profile", "timm", "vision"),
+    ],
+)
 def test_a_missing_extra_is_one_line_naming_the_command(
-    module: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str, module: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(_: argparse.Namespace) -> int:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    fake_demo(monkeypatch, run)
-    assert cli.main(["demo"]) == 1
+    fake(command, monkeypatch, run)
+    assert cli.main([command]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     top = module.partition(".")[0]
@@ -135,9 +169,6 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def pixels():
             return nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
-
-        def number():
-            return 3
     """
     (tmp_path / "nets.py").write_text(textwrap.dedent(code))
     monkeypatch.chdir(tmp_path)
@@ -180,20 +211,22 @@ def test_warmup_trains_a_converted_model_a_step_while_tuning(
 
 
 @pytest.mark.usefixtures("models")
-@pytest.mark.parametrize(
-    ("model", "text"),
-    [
-        ("nets:nobody", "MODEL 'nets:nobody' cannot be made: module 'nets' has no attribute 'nobody'"),
-        ("nowhere:model", "MODEL 'nowhere:model' cannot be made: No module named 'nowhere'"),
-        ("nets:number", "MODEL 'nets:number' gave a int, not a torch.nn.Module"),
-    ],
-)
-def test_warmup_refuses_what_is_no_model(
-    model: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warmup_refuses_what_is_no_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.backends, "why_no_triton", lambda device: None)
-    assert cli.main(["warmup", model]) == 2
-    assert text in capsys.readouterr().err
+    assert cli.main(["warmup", "nets:nobody"]) == 2
+    error = capsys.readouterr().err
+    assert error == "tdeconv: MODEL 'nets:nobody' cannot be made: module 'nets' has no function 'nobody'\n"
+
+
+@pytest.mark.parametrize("command", ["warmup", "profile"])
+def test_a_models_missing_library_is_one_line(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("profile", monkeypatch, lambda args: cli.load_model("timm:resnet18"))
+    monkeypatch.setattr(cli.backends, "why_no_triton", lambda device: None)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert cli.main([command, *(["timm:resnet18"] if command == "warmup" else [])]) == 1
+    assert capsys.readouterr().err == "tdeconv: timm is not installed; pip install 'tdeconv[vision]'\n"
 
 
 def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,12 +261,13 @@ def test_help_and_refusals(
     assert text in getattr(capsys.readouterr(), stream)
 
 
-def test_as_a_module_help_loads_neither_the_demo_nor_triton() -> None:
+def test_as_a_module_help_loads_no_command_and_not_triton() -> None:
     """``python -m tdeconv --help`` in a process of its own; -X importtime names what it loads."""
     command = [sys.executable, "-X", "importtime", "-m", "tdeconv", "--help"]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     assert process.stdout.startswith("usage: tdeconv")
     loaded = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "tdeconv.cli" in loaded
-    heavy = ("triton", "tdeconv.demo", "matplotlib", "skimage", "sklearn", "torch._dynamo", "torch._inductor")
+    heavy = ("triton", "tdeconv.demo", "tdeconv.bench", "torch._dynamo", "torch._inductor")
+    heavy += ("matplotlib", "skimage", "sklearn", "torchvision", "timm", "pytest", "jinja2")
     assert [name for name in sorted(loaded) if name.startswith(heavy)] == []

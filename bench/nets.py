@@ -1,0 +1,157 @@
+"""Whole networks: a training step without the optimiser, with batch norm and converted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdeconv.bench import measure, memory
+from tdeconv.bench.clock import Clock, CpuClock
+from tdeconv.bench.implementations import ORACLES, Implementation
+from tdeconv.bench.measure import Prepared, Variant
+from tdeconv.bench.steps import FORMATS, autocast
+from tdeconv.named_models import load_model
+
+PUBLIC = {"vgg11": "torchvision:vgg11_bn"}
+TOLERANCE = 2e-5  # what a network's outputs may be off where the reference itself is exact, relative
+TIMES = 10.0  # how many times the reference's own error they may
+DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Network:
+    """A name that :func:`tdeconv.named_models.load_model` knows, and images ``(batch, 3, size, size)``."""
+
+    name: str
+    batch: int
+    size: int
+
+
+@dataclass
+class Problem:
+    """A network with batch norm and its images, both float32."""
+
+    model: nn.Module
+    x: Tensor
+
+
+def problem(what: Network, device: torch.device | str = "cpu") -> Problem:
+    """Random weights; no dropout, as the implementations are compared.
+
+    Raises:
+        ValueError: there is no such network, or it does not take images of that size.
+    """
+    torch.manual_seed(0)
+    model = load_model(PUBLIC.get(what.name, what.name), argument="--model").to(device)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(what.batch, 3, max(1, what.size // 2), max(1, what.size // 2), generator=generator)
+    x = F.interpolate(coarse, size=(what.size, what.size)).to(device)
+    try:
+        with torch.no_grad():
+            output = copy.deepcopy(model).train()(x)
+    except Exception as error:  # whatever a stranger's model says
+        raise ValueError(f"--model {what.name} does not take images {tuple(x.shape)}: {error}") from None
+    if not isinstance(output, Tensor):
+        raise ValueError(f"--model {what.name} must give one tensor, got {type(output).__name__}")
+    return Problem(model, x)
+
+
+class Step:
+    """Forward, and backward from the mean of the output's squares to the parameters."""
+
+    saved_bytes: int  # for backward; known after the first forward
+
+    def __init__(self, model: nn.Module, x: Tensor, call: nn.Module | None = None) -> None:
+        self.model, self.call, self.x = model.train(), call or model, x
+
+    def run(self, clock: Clock) -> dict[str, float]:
+        start = clock.mark()
+        with autocast(self.x.device, self.x.dtype):
+            y = self.call(self.x)
+        forward = clock.mark()
+        y.float().square().mean().backward()
+        end = clock.mark()
+        seconds = {"forward": clock.seconds(start, forward), "step": clock.seconds(start, end)}
+        self.model.zero_grad(set_to_none=True)  # the next implementation needs the memory
+        return seconds
+
+    def first_forward(self) -> Tensor:
+        """The output; counts ``saved_bytes``."""
+        with autocast(self.x.device, self.x.dtype):
+            y, self.saved_bytes = memory.forward_counted(self.call, self.x)
+        return y.detach()
+
+
+def step_of(p: Problem, one: Implementation, variant: Variant) -> Step:
+    """An implementation's step, from the problem's weights, which stay in float32: half precision is autocast's."""
+    model = one.convert(copy.deepcopy(p.model)).to(memory_format=FORMATS[variant.layout])
+    x = p.x.to(getattr(torch, variant.dtype)).contiguous(memory_format=FORMATS[variant.layout])
+    return Step(model, x, one.ready(model))
+
+
+def _oracle(p: Problem, method: str, x: Tensor) -> Tensor:
+    """The outputs of a method's oracle in the dtype of ``x``."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    model = ORACLES[method].convert(copy.deepcopy(p.model)).to(torch.float32 if half else x.dtype)
+    return Step(model, x).first_forward()
+
+
+def _sensitivity(p: Problem, method: str, dtype: torch.dtype, expected: Tensor) -> float:
+    """The oracle's own error in a dtype, the largest of a few inputs that differ in their last digits.
+
+    A deep network at its start makes much of little, most of all where a layer sees few samples.
+    """
+    generator = torch.Generator(p.x.device).manual_seed(2)
+    errors = []
+    for _ in range(DRAWS):
+        noise = torch.randn(p.x.shape, generator=generator, device=p.x.device)
+        x = p.x * (1 + torch.finfo(torch.float32).eps * noise)
+        errors += measure.relative_errors([_oracle(p, method, x.to(dtype))], [expected])
+    return max(errors)
+
+
+def prepare(p: Problem, wanted: Sequence[tuple[Implementation, Variant]]) -> Iterator[tuple[Variant, Prepared]]:
+    """Every wanted step. Its outputs may be a few times as far from the float64 reference's as the reference's own in
+    the same dtype.
+
+    Raises:
+        AssertionError: an implementation's outputs are wrong.
+    """
+    for method in ORACLES:
+        mine = [(one, variant) for one, variant in wanted if one.method == method]
+        expected = _oracle(p, method, p.x.double()) if mine else torch.empty(0)
+        dtypes = dict.fromkeys(variant.dtype for _, variant in mine)
+        own = {dtype: _sensitivity(p, method, getattr(torch, dtype), expected) for dtype in dtypes}
+        for one, variant in mine:
+            step = step_of(p, one, variant)
+            error = _checked(one.name, step, expected, own[variant.dtype])
+            yield variant, Prepared(step, {"error": error, **_about(step)})
+
+
+def _checked(name: str, step: Step, expected: Tensor, own: float) -> float:
+    try:
+        return measure.check(name, [step.first_forward()], [expected], TIMES * own + TOLERANCE)
+    except AssertionError as error:
+        batch = f"a batch of {step.x.shape[0]} may be too small for this network's statistics: try a larger --batch"
+        raise AssertionError(f"{error} ({batch})") from None
+
+
+def _about(step: Step) -> dict[str, Any]:
+    step.run(CpuClock())  # the first backward compiles
+    used = memory.allocations(lambda: step.run(CpuClock()), str(step.x.device))
+    return {
+        "saved_bytes": step.saved_bytes,
+        "peak_bytes": used.peak,
+        "allocations": used.count,
+        "batch": step.x.shape[0],
+        "shape": list(step.x.shape),
+    }

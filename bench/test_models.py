@@ -1,0 +1,14 @@
+"""Whole networks: forward in training, and a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tdeconv.bench.measure import Row, recorded_clock
+
+
+@pytest.mark.benchmark(timer=recorded_clock)
+def test_model(replay: Callable[[Row], None], row: Row) -> None:
+    replay(row)

@@ -93,7 +93,7 @@ def pytest_terminal_summary() -> Generator[None, Any, Any]:
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     output_json["set"] = config.stash[SESSION].plan.name
-    if output_json["set"] in MEMORY_SETS:
+    if output_json["set"] in MEMORY_SETS and sets.has_torchvision():
         output_json["memory"] = memory.network_memory()
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from tdeconv.backends import BackendUnavailable
-from tdeconv.bench import results, tables
+from tdeconv.bench import results
 from tdeconv.bench.implementations import OURS, implementations
 from tdeconv.bench.machine import describe
+from tdeconv.bench.reports import tables
+from tdeconv.bench.sets import has_torchvision
 from tdeconv.bench.steps import FORMATS
 from tdeconv.named_models import load_model
 
@@ -94,6 +96,7 @@ def check(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError, BackendUnavailable: why the measurement cannot be made as asked.
+        ModuleNotFoundError: the library that the networks come from is not installed.
         OSError: the folder for its results cannot be written.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -104,8 +107,10 @@ def check(args: argparse.Namespace) -> None:
         implementations(torch.device(args.device), backends=args.backend or (), paper_code=args.paper_code)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from None
-    if args.model is not None:
-        load_model(args.model, argument="--model")
+    if args.set == "quick" and not has_torchvision():
+        print("torchvision is not installed: layers only, no whole networks; pip install 'tdeconv[vision]'")
+    if args.set in ("models", "model"):
+        load_model(args.model or "torchvision:resnet18", argument="--model")
     if args.compare is not None:
         _check_comparable(args)
     args.out.mkdir(parents=True, exist_ok=True)

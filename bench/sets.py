@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,6 +64,11 @@ def plan(name: str, device: torch.device, options: Options) -> Plan:
     return replace(made, name=name, **given)
 
 
+def has_torchvision() -> bool:
+    """Whole networks are its; layers do without."""
+    return importlib.util.find_spec("torchvision") is not None
+
+
 def _layers(gpu: bool, options: Options, names: tuple[str, ...]) -> dict[str, tuple[Layer, int]]:
     found = {}
     for name in names:
@@ -82,7 +88,7 @@ def _quick(gpu: bool, options: Options) -> Plan:
         "quick",
         layers=layers,
         stages=layers,
-        networks={"resnet18": _network("resnet18", gpu, options)},
+        networks={"resnet18": _network("resnet18", gpu, options)} if has_torchvision() else {},
         implementations=("conv_bn_relu", "conv_bn_relu_compiled", "reference", "paper", "torch", "triton"),
         network_implementations=("conv_bn_relu", "paper", "torch", "triton"),
         stage_implementations=("torch", "triton"),

@@ -35,8 +35,8 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "demo": _Command("tdeconv.demo", "demo", "train batch norm against network deconvolution on real images"),
     "bench": _Command("tdeconv.bench.run", "bench", "measure what deconvolution costs on this machine"),
-    "report": _Command("tdeconv.bench.report", "bench", "turn what bench saved into a page with tables and plots"),
-    "profile": _Command("tdeconv.bench.profiling", "bench", "show where a model's training step spends its time"),
+    "report": _Command("tdeconv.bench.reports.command", "bench", "make a page with plots of what bench saved"),
+    "profile": _Command("tdeconv.bench.profiles.command", "bench", "show where a model's training step takes its time"),
 }
 
 

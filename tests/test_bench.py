@@ -342,9 +342,7 @@ def test_networks_are_converted_checked_and_timed(network: nets.Network, checkou
     assert set(works) == {variant for _, variant in wanted}
     for variant, prepared in works.items():
         work: Any = prepared.work
-        assert (
-            prepared.info["error"] < 1e-2
-        )  # four images make rounding large
+        assert prepared.info["error"] < 1e-2  # four images make rounding large
         assert prepared.info["saved_bytes"] > 0
         assert prepared.info["shape"] == [4, 3, 9, 9]
         assert work.run(CountingClock()) == {"forward": 1, "step": 2}

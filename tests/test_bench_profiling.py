@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tdeconv import ChannelDeconv, Delinear, FastDeconv, FastDeconv1d, cli, ops, running
-from tdeconv.bench import profile_tables, profiling
-from tdeconv.bench.layer_facts import label, look
-from tdeconv.bench.observe import Observer, Part, with_rest
+from tdeconv.bench.profiles import command as profiling
+from tdeconv.bench.profiles import tables as profile_tables
+from tdeconv.bench.profiles.facts import label, look
+from tdeconv.bench.profiles.observe import Observer, Part, with_rest
 from tdeconv.bench.roofline import STAGES, Ceilings, Shape, floor
 
 CEILINGS = Ceilings(1e9, dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 10000000000.0), 1e-6)

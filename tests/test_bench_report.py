@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from tdeconv.bench import plots, ratios, readme, report, results, stage_tables, tables
+from tdeconv.bench import results
+from tdeconv.bench.reports import command as report
+from tdeconv.bench.reports import plots, ratios, readme, stage_tables, tables
 
 CPU = {"device": "AMD EPYC", "cores": 2, "threads": 2, "driver": None, "triton": None}
 GPU = {"device": "NVIDIA H200", "cores": 16, "threads": 8, "driver": "575.1", "triton": "3.7.1"}
@@ -649,7 +651,7 @@ def test_check_tells_a_stale_readme_and_writes_nothing(project: Path, capsys: py
     assert _readme(project, "--check") == 1
     seen = capsys.readouterr()
     assert "-old 9.99" in seen.out
-    assert "run python -m tdeconv.bench.readme" in seen.err
+    assert "run python -m tdeconv.bench.reports.readme" in seen.err
     assert (project / "README.md").read_text(encoding="utf-8") == before
     assert [_readme(project), _readme(project, "--check")] == [0, 0]
     text = (project / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tdeconv.bench import results, run
+from tdeconv import cli
+from tdeconv.bench import results, run, sets
 
 SMALL = ["--batch", "2", "--rounds", "3", "--select", "test_layer and 3-64 and not compiled"]
 THREADS = str(torch.get_num_threads())  # this process's, for that of the measurement
@@ -255,3 +256,23 @@ def test_a_model_of_timm_s_is_measured(tmp_path: Path, capfd: pytest.CaptureFixt
     out, err = capfd.readouterr()
     assert "--model timm:mobilenetv3_small_050 does not take images (1, 3, 32, 32)" in out
     assert "Traceback" not in out + err
+
+
+def test_without_torchvision_the_quick_set_has_layers_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sets, "has_torchvision", lambda: False)
+    monkeypatch.setattr(run, "has_torchvision", lambda: False)
+    monkeypatch.setattr(run, "_measure", lambda args: (5, ""))
+    assert sets.plan("quick", torch.device("cpu"), sets.Options()).networks == {}
+    assert sets.plan("quick", torch.device("cpu"), sets.Options()).layers
+    assert bench("--out", tmp_path) == 5
+    assert "pip install 'tdeconv[vision]'" in capsys.readouterr().out
+
+
+def test_without_torchvision_networks_end_in_a_hint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it then raises ModuleNotFoundError
+    assert cli.main(["bench", "--models", "--out", str(tmp_path)]) == 1
+    assert "pip install 'tdeconv[" in capsys.readouterr().err

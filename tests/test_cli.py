@@ -21,8 +21,8 @@ from tdeconv import cli
 MODULES = {
     "demo": "tdeconv.demo",
     "bench": "tdeconv.bench.run",
-    "report": "tdeconv.bench.report",
-    "profile": "tdeconv.bench.profiling",
+    "report": "tdeconv.bench.reports.command",
+    "profile": "tdeconv.bench.profiles.command",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tdeconv.bench import markdown
 from tdeconv.bench.markdown import Table
-from tdeconv.bench.ratios import (
+from tdeconv.bench.reports.ratios import (
     BASELINES,
     KINDS,
     LABELS,
@@ -37,8 +37,8 @@ from tdeconv.bench.ratios import (
     total,
     where,
 )
+from tdeconv.bench.reports.stage_tables import floor_sentence, stage_tables
 from tdeconv.bench.results import Result, Row, counts, grouped, rows
-from tdeconv.bench.stage_tables import floor_sentence, stage_tables
 
 # --------------------------------------------------------------------------------------------------------- headlines
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tdeconv.bench.markdown import Table
-from tdeconv.bench.ratios import (
+from tdeconv.bench.reports.ratios import (
     BASELINES,
     DIRECTIONS,
     LABELS,

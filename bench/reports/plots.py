@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from tdeconv.bench.ratios import (
+from tdeconv.bench.reports.ratios import (
     LABELS,
     STAGES,
     counted,

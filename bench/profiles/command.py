@@ -24,10 +24,12 @@ from tqdm import tqdm
 
 import tdeconv
 from tdeconv import backends, checks
-from tdeconv.bench import layer_facts, machine, profile_tables
+from tdeconv.bench import machine
 from tdeconv.bench.clock import Clock, clock_of
-from tdeconv.bench.layer_facts import Facts
-from tdeconv.bench.observe import DIRECTIONS, Observer, Part, layers_of, with_rest
+from tdeconv.bench.profiles import facts as layer_facts
+from tdeconv.bench.profiles import tables as profile_tables
+from tdeconv.bench.profiles.facts import Facts
+from tdeconv.bench.profiles.observe import DIRECTIONS, Observer, Part, layers_of, with_rest
 from tdeconv.bench.results import publish
 from tdeconv.bench.roofline import Ceilings, measure_ceilings
 from tdeconv.named_models import FORMS, load_model, random_input, some_loss, to_layout

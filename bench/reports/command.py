@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from tdeconv.bench import markdown, plots, tables
-from tdeconv.bench.answer import answer_table, lead, memory_line, steps_of
+from tdeconv.bench import markdown
 from tdeconv.bench.markdown import Table
-from tdeconv.bench.ratios import (
+from tdeconv.bench.reports import plots, tables
+from tdeconv.bench.reports.answer import answer_table, lead, memory_line, steps_of
+from tdeconv.bench.reports.ratios import (
     LABELS,
     RATIO,
     Ratio,
@@ -27,8 +28,8 @@ from tdeconv.bench.ratios import (
     told_apart,
     where,
 )
+from tdeconv.bench.reports.stage_tables import floor_sentence
 from tdeconv.bench.results import Result, Row, by_device, found, publish, rows
-from tdeconv.bench.stage_tables import floor_sentence
 
 TITLE = "What network deconvolution costs"
 INTRODUCTION = (
@@ -191,7 +192,7 @@ def _device(files: Mapping[Path, Result], with_memory: Collection[Path]) -> Devi
 def page(devices: Sequence[Device], side: Table | None) -> str:
     """One self-contained HTML page."""
     options: Any = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    source = resources.files("tdeconv.bench").joinpath("report.html").read_text(encoding="utf-8")
+    source = resources.files("tdeconv.bench.reports").joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, **options).from_string(source)
     return template.render(title=TITLE, introduction=INTRODUCTION, ratio=RATIO, devices=devices, side=side)
 

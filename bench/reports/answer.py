@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tdeconv.bench import tables
 from tdeconv.bench.markdown import Table
-from tdeconv.bench.ratios import BASELINES, LABELS, RATIO, Ratio, cell, network, ratios, subject, times, told_apart
+from tdeconv.bench.reports import tables
+from tdeconv.bench.reports.ratios import (
+    BASELINES,
+    LABELS,
+    RATIO,
+    Ratio,
+    cell,
+    network,
+    ratios,
+    subject,
+    times,
+    told_apart,
+)
 from tdeconv.bench.results import Result
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdeconv import ChannelDeconv, Delinear, ops
 from tdeconv.backends import choose
-from tdeconv.bench.observe import input_of, layers_of
+from tdeconv.bench.profiles.observe import input_of, layers_of
 from tdeconv.bench.roofline import Ceilings, Shape, works
 from tdeconv.functional import linear_geometry
 from tdeconv.geometry import Geometry

@@ -1,4 +1,4 @@
-"""``python -m tdeconv.bench.readme [--check]``: the README's results, written from ``bench/results/``.
+"""``python -m tdeconv.bench.reports.readme [--check]``: the README's results, written from ``bench/results/``.
 
 Everything between the two marks is written anew; nothing of it is typed by hand. With ``--check`` nothing is written:
 the difference is shown, and the exit status is 1 if there is one.
@@ -13,15 +13,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tdeconv.bench import markdown, tables
-from tdeconv.bench.answer import answer_table, steps_of
-from tdeconv.bench.ratios import RATIO, commit, main_implementation, measured, versions
-from tdeconv.bench.ratios import device_title as title
+from tdeconv.bench import markdown
+from tdeconv.bench.reports import tables
+from tdeconv.bench.reports.answer import answer_table, steps_of
+from tdeconv.bench.reports.ratios import RATIO, commit, main_implementation, measured, versions
+from tdeconv.bench.reports.ratios import device_title as title
+from tdeconv.bench.reports.stage_tables import floor_sentence
 from tdeconv.bench.results import RESULTS, Result, by_device, found, on_gpu, publish
-from tdeconv.bench.stage_tables import floor_sentence
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 SETS = ("layers", "models")  # whose ratios are the headline
 
 
@@ -30,7 +31,7 @@ def section(results: Mapping[Path, Result], base: Path) -> str:
     devices = sorted(by_device(results), key=lambda of: on_gpu(next(iter(of.values()))))
     parts = [_device(of, base) for of in devices]
     memory = next((part for path, data in results.items() if (part := _memory(path, data, base))), "")
-    introduction = f"Written by `python -m tdeconv.bench.readme` from the files named. {RATIO}"
+    introduction = f"Written by `python -m tdeconv.bench.reports.readme` from the files named. {RATIO}"
     return "\n\n".join(filter(None, (_wrapped(introduction), *parts, memory)))
 
 
@@ -86,7 +87,7 @@ def rewritten(readme: str, results: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     about = "Write the README's results from the files that are kept."
-    parser = argparse.ArgumentParser(prog="python -m tdeconv.bench.readme", description=about)
+    parser = argparse.ArgumentParser(prog="python -m tdeconv.bench.reports.readme", description=about)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is not up to date")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default %(default)s")
@@ -97,12 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.check:
             publish({args.readme: new})
     except (ValueError, OSError) as error:
-        print(f"tdeconv.bench.readme: {error}", file=sys.stderr)
+        print(f"tdeconv.bench.reports.readme: {error}", file=sys.stderr)
         return 2
     if args.check and new != old:
         lines = (text.splitlines(keepends=True) for text in (old, new))
         sys.stdout.writelines(difflib.unified_diff(*lines, "README.md as it is", "README.md from the files"))
-        print("README.md is out of date: run python -m tdeconv.bench.readme", file=sys.stderr)
+        print("README.md is out of date: run python -m tdeconv.bench.reports.readme", file=sys.stderr)
         return 1
     return 0
 

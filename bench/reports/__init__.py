@@ -1,0 +1,1 @@
+"""Result files turned into what people read: ratios, tables, plots, a page, the README's results."""

@@ -30,10 +30,13 @@ Index = tuple[slice | int, ...]
 
 
 def _channels(x: Tensor, weight: Tensor) -> int:
-    """The narrower side of a convolution that this backend may do otherwise than the library; else 0."""
-    ungrouped = x.shape[1] == weight.shape[1]
+    """The narrower side of a convolution that this backend may do otherwise than the library; else 0.
+
+    A pointwise one is the library's: it is a product in either layout, and a change of layout costs more than it gains.
+    """
+    patches = x.shape[1] == weight.shape[1] and weight.shape[2:].numel() > 1
     kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return min(weight.shape[:2]) if kind and ungrouped and x.ndim > 2 else 0
+    return min(weight.shape[:2]) if kind and patches else 0
 
 
 def wide(x: Tensor, weight: Tensor) -> bool:

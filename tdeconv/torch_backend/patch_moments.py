@@ -7,12 +7,14 @@ while they are in the cache.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.torch_backend import symmetric
-from tdeconv.torch_backend.patches import count, gather, parts, scatter_add_
+from tdeconv.torch_backend.patches import add_samples_, count, gather, parts, scatter_add_
 
 
 def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
@@ -42,17 +44,29 @@ def patch_moments_backward_(
     samples = count(pixels, geo) * geo.pooled
     # the centred vectors sum to zero, so the mean gets nothing from the covariance
     grad_cov, grad_mean = (grad_cov + grad_cov.mT) / samples, grad_mean / samples
-    for part, grad_part in zip(parts(pixels, geo), parts(target, geo), strict=True):
-        vectors = _centred_vectors(gather(part, geo), mean, geo)
-        scatter_add_(grad_part, _rows(vectors @ grad_cov, grad_mean, geo), geo)
+
+    def rows(part: Tensor) -> Tensor:
+        return _rows(_centred_vectors(gather(part, geo), mean, geo) @ grad_cov, grad_mean, geo)
+
+    if geo.pointwise:
+        add_samples_(target, torch.cat([rows(part).squeeze(1) for part in parts(pixels, geo)]), geo)
+    else:
+        for part, grad_part in zip(parts(pixels, geo), parts(target, geo), strict=True):
+            scatter_add_(grad_part, rows(part), geo)
     if target.data_ptr() != grad_x.data_ptr():
         grad_x.copy_(target.movedim(-1, 1))
 
 
 def _pixels(x: Tensor, geo: Geometry) -> Tensor:
-    """``(N, *spatial, C)``; contiguous where the pixels themselves are the samples, which one flat stride picks."""
+    """``(N, *spatial, C)``; a copy where a pointwise kernel's one stride could not go over the pixels as they lie."""
     pixels = x.movedim(1, -1)
-    return pixels.contiguous() if geo.pointwise else pixels
+    return pixels if not geo.pointwise or _in_rows(pixels) else pixels.contiguous()
+
+
+def _in_rows(pixels: Tensor) -> bool:
+    """Whether one step leads from each of an image's pixels to the next."""
+    spatial = [(n, s) for n, s in zip(pixels.shape[1:-1], pixels.stride()[1:-1], strict=True) if n > 1]
+    return all(step == inner * n for (_, step), (n, inner) in itertools.pairwise(spatial))
 
 
 def _split(columns: Tensor, geo: Geometry) -> Tensor:

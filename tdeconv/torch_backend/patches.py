@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -63,12 +64,43 @@ def count(pixels: Tensor, geo: Geometry) -> int:
 
 
 def parts(pixels: Tensor, geo: Geometry) -> tuple[Tensor, ...]:
-    """Views of ``pixels`` whose patches fit the cache; a pointwise kernel's pixels must be contiguous."""
+    """Pieces of ``pixels`` whose patches fit the cache: views, or of a pointwise kernel's samples a copy's."""
     if geo.pointwise:
-        pixels = pixels.view(-1, geo.channels)[:: geo.flat_stride]
-        return pixels.split(chunk_rows(geo.channels, pixels.device))
+        return _samples(pixels, geo).split(chunk_rows(geo.channels, pixels.device))
     width = math.prod(geo.positions(tuple(pixels.shape[1:-1]))) * geo.taps * geo.channels
     return pixels.split(chunk_rows(width, pixels.device))
+
+
+def _samples(pixels: Tensor, geo: Geometry) -> Tensor:
+    """A pointwise kernel's sampled pixels ``(M, C)``, in the order of :func:`_runs`: a view if they are all pixels."""
+    if pixels.is_contiguous() and geo.flat_stride == 1:
+        return pixels.view(-1, geo.channels)
+    rows = pixels.new_empty(count(pixels, geo), geo.channels)
+    for at, images in _runs(pixels, geo):
+        rows[at].view(images.shape).copy_(images)
+    return rows
+
+
+def add_samples_(pixels: Tensor, rows: Tensor, geo: Geometry) -> None:
+    """Adjoint of taking a pointwise kernel's samples: add the rows ``(M, C)`` to the pixels they came from."""
+    for at, images in _runs(pixels, geo):
+        images += rows[at].view(images.shape)
+
+
+def _runs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[slice, Tensor]]:
+    """Views ``(images, samples, C)`` of the sampled pixels, each with its place among the ``M`` rows.
+
+    One stride picks samples from all images' pixels laid end to end: so images that lie alike to it have one view.
+    """
+    n, size, stride = pixels.shape[0], math.prod(pixels.shape[1:-1]), geo.flat_stride
+    flat = pixels.view(n, size, geo.channels)
+    period = stride // math.gcd(size, stride)
+    begin = 0
+    for first in range(min(period, n)):
+        images = flat[first::period, -first * size % stride :: stride]
+        end = begin + images.shape[0] * images.shape[1]
+        yield slice(begin, end), images
+        begin = end
 
 
 def gather(part: Tensor, geo: Geometry) -> Tensor:
@@ -85,10 +117,8 @@ def gather(part: Tensor, geo: Geometry) -> Tensor:
 
 
 def scatter_add_(part: Tensor, rows: Tensor, geo: Geometry) -> None:
-    """Adjoint of :func:`gather`. One tap's pixels never overlap, so the sum is the same every time."""
-    if geo.pointwise:
-        part += rows.squeeze(1)
-        return
+    """Adjoint of :func:`gather`, unless the kernel is pointwise. One tap's pixels never overlap, so the sum is the same
+    every time."""
     rows = rows.view(part.shape[0], *geo.positions(tuple(part.shape[1:-1])), geo.taps, geo.channels)
     target = part.contiguous()
     for tap, at, reads in taps(part, geo):

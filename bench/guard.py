@@ -35,7 +35,8 @@ from tdeconv.bench.results import publish
 
 FILE = Path(__file__).with_name("guard.json")
 OURS, BASELINES = "torch", ("reference", "conv_bn_relu")
-ROUNDS = 50
+ROUNDS = 25
+BEST_OF = 2  # steps of a round: one that the machine was busy with something else in does not count
 
 # One of each kind: first layers, narrow and wide 3x3, tiny maps, strides, 1x1, groups, depthwise.
 EXACT_BATCH = 8
@@ -49,12 +50,14 @@ EXACT = (
 # At a batch that training uses; one of a few images is all weights and factors.
 NETWORKS, NETWORK_BATCH, NETWORK_LIMIT = ("vgg11", "resnet50"), 64, 0.75
 
-# Steps of 3 ms to 0.2 s: a round of all is half a second, and a disturbance meets few of a round's ratios.
+# Steps of 3 ms to 0.3 s; all of a round take two seconds, and a disturbance meets few of the ratios.
 TIMED_BATCH = 16
 TIMED = (
     *(Layer(3, 64, 32, input_grad=False), Layer(32, 32, 16), Layer(128, 128, 16), Layer(16, 32, 32, stride=2)),
     *(Layer(256, 64, 14, kernel=1), Layer(64, 64, 16, groups=64, n_iter=1)),
 )
+# Shown, not held: two runs can differ by more than a tenth (short steps that wait for memory).
+NOT_HELD = (("256-64 1x1 at 14", "conv_bn_relu"), ("64-64 3x3 in 64 groups at 16", "conv_bn_relu"))
 MARGIN = 1.2  # a new limit over what was measured: two runs' ratios differ by up to a tenth
 
 Numbers = dict[str, dict[str, Any]]
@@ -113,13 +116,14 @@ def networks() -> Numbers:
 
 
 class _SideBySide:
-    """All implementations of one layer, one right after the other: a round's ratio is of neighbours."""
+    """All implementations of one layer in turn, a few times: a round's ratio is of neighbours, each at its best."""
 
     def __init__(self, works: Mapping[str, measure.Work]) -> None:
         self._works = works
 
     def run(self, clock: Clock) -> dict[str, float]:
-        return {name: work.run(clock)["step"] for name, work in self._works.items()}
+        turns = [{name: work.run(clock)["step"] for name, work in self._works.items()} for _ in range(BEST_OF)]
+        return {name: min(turn[name] for turn in turns) for name in self._works}
 
 
 def ratios(layers: Iterable[Layer], rounds: int) -> Numbers:
@@ -206,7 +210,10 @@ def too_large(found: Numbers) -> list[str]:
 def above(limits: Numbers, found: Numbers) -> list[tuple[str, str]]:
     """Layers and baselines whose ratio is above its limit."""
     return [
-        (name, base) for name, of in found.items() for base, ratio in of.items() if ratio > limits[name].get(base, 0)
+        (name, base)
+        for name, of in found.items()
+        for base, ratio in of.items()
+        if base in limits[name] and ratio > limits[name][base]
     ]
 
 
@@ -240,7 +247,7 @@ def _check_ratios(held: Mapping[str, Any], found: Numbers, rounds: int) -> list[
     names = {name for name, _ in suspects}
     again = ratios([layer for layer in TIMED if layer.name in names], rounds) if names else {}
     lines = []
-    for name, base in set(above(limits, again)) & set(suspects):
+    for name, base in sorted(set(above(limits, again)) & set(suspects)):
         ratio, limit = again[name][base], limits[name][base]
         lines.append(
             f"{name}: training step {OURS} / {base} {ratio:.2f}, at most {limit:.2f} ({ratio / limit - 1:.0%} above)"
@@ -330,7 +337,8 @@ def _update(path: Path, held: Mapping[str, Any] | None, found: Numbers, times: N
     device = device_name()
     limits: Numbers = dict(held["limits"]) if held and held["device"] == device else {}
     for name, of in times.items():
-        limits.setdefault(name, {base: round(MARGIN * ratio, 2) for base, ratio in of.items()})
+        new = {base: round(MARGIN * ratio, 2) for base, ratio in of.items() if (name, base) not in NOT_HELD}
+        limits.setdefault(name, new)
     data = {"platform": platform_name(), "exact": found, "device": device, "limits": limits}
     publish({path: json.dumps(data, indent=2) + "\n"})
     print(f"written: {path}")

@@ -101,8 +101,9 @@ def step_of(p: Problem, one: Implementation, variant: Variant) -> Step:
 def _oracle(p: Problem, method: str, x: Tensor) -> Tensor:
     """The outputs of a method's oracle in the dtype of ``x``."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    model = ORACLES[method].convert(copy.deepcopy(p.model)).to(torch.float32 if half else x.dtype)
-    return Step(model, x).first_forward()
+    model = ORACLES[method].convert(copy.deepcopy(p.model)).to(torch.float32 if half else x.dtype).train()
+    with torch.no_grad(), autocast(x.device, x.dtype):  # a deep network's graph takes many times its outputs' memory
+        return model(x)
 
 
 def _sensitivity(p: Problem, method: str, dtype: torch.dtype, expected: Tensor) -> float:

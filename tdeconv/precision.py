@@ -14,6 +14,6 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def compute_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants a convolution of ``x`` in; None where autocast is off, or leaves float64 alone."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta knows no autocast
         return None
     return torch.get_autocast_dtype(device)

@@ -24,7 +24,7 @@ from tdeconv.bench.results import Result
 def steps_of(results: Sequence[Result]) -> list[Ratio]:
     """Ratios of one device's training steps; of what was measured twice the one with more rounds, then the newer."""
     of = sorted(results, key=lambda d: (max(r["stats"].get("rounds", 0) for r in d["benchmarks"]), d["datetime"]))
-    steps = {(r.suite, r.group, r.ours, r.baseline): r for data in of for r in ratios(data) if r.kind == "step"}
+    steps = {(r.suite, r.group, r.size, r.ours, r.baseline): r for data in of for r in ratios(data) if r.kind == "step"}
     return sorted(steps.values(), key=lambda r: (r.suite != "model", r.suite))
 
 

@@ -47,6 +47,7 @@ class Ratio(NamedTuple):
     baseline: str
     value: float
     partial: str  # "5 of 8 layers" where one of the two lacks some, else empty
+    size: int | None  # a whole model's images' height and width
 
 
 # ------------------------------------------------------------------------------------------------------------ words
@@ -147,15 +148,20 @@ def ratios(data: Result) -> list[Ratio]:
     found = []
     for suite in ("model", "layer"):
         for group, mine in grouped(rows(data, suite)).items():
-            count = counts(mine)
+            count, size = counts(mine), _size(mine) if suite == "model" else None
             for kind in KINDS:
                 values = pivot([r for r in mine if r["extra_info"]["kind"] == kind], milliseconds)
                 for ours, baseline in ((o, b) for o in OURS for b in BASELINES):
                     if one := ratio(values, count, ours, baseline):
                         layers = sum(count.values())
                         partial = "" if one[1] == layers else f"{one[1]} of {layers} layers"
-                        found.append(Ratio(suite, group, layers, kind, ours, baseline, one[0], partial))
+                        found.append(Ratio(suite, group, layers, kind, ours, baseline, one[0], partial, size))
     return found
+
+
+def _size(mine: Sequence[Row]) -> int | None:
+    shape = mine[0]["extra_info"].get("shape")
+    return int(shape[-1]) if shape else None
 
 
 def main_implementation(names: Iterable[str]) -> str | None:
@@ -173,7 +179,7 @@ def subject(one: Ratio) -> str:
     """What a ratio is about: a whole model, or the sum over a network's layers."""
     name = network(one.group.network)
     if one.suite == "model":
-        return f"{name}, whole"
+        return f"{name}{f' at {one.size}' if one.size else ''}, whole"
     return f"{name}, {one.layers} layers" if one.layers > 1 else f"{name}, one layer"
 
 

@@ -219,7 +219,7 @@ def _cpu_allocations(run: Callable[[], object]) -> Allocations:
 def profiled(run: Callable[[], object], *, memory: bool = False) -> torch.profiler.profile:
     """One call under torch's profiler, which says nothing on stderr; nor can the call."""
     profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=memory)
-    with _no_stderr(), profiler:
+    with no_stderr(), profiler:
         run()
     return profiler
 
@@ -238,7 +238,7 @@ def _memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _no_stderr() -> Iterator[None]:
+def no_stderr() -> Iterator[None]:
     """The profiler's library writes to the process's stderr that it starts and stops, and has no switch for it."""
     saved = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

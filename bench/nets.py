@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from tdeconv.bench import measure, memory
 from tdeconv.bench.clock import Clock, CpuClock
 from tdeconv.bench.implementations import ORACLES, Implementation
 from tdeconv.bench.measure import Prepared, Variant
-from tdeconv.bench.steps import FORMATS, autocast
+from tdeconv.bench.steps import FORMATS, about, autocast
 from tdeconv.named_models import load_model
 
 PUBLIC = {"vgg11": "torchvision:vgg11_bn"}
@@ -81,8 +80,11 @@ class Step:
         y.float().square().mean().backward()
         end = clock.mark()
         seconds = {"forward": clock.seconds(start, forward), "step": clock.seconds(start, end)}
-        self.model.zero_grad(set_to_none=True)  # the next implementation needs the memory
+        self.forget()  # the next implementation needs the memory
         return seconds
+
+    def forget(self) -> None:
+        self.model.zero_grad(set_to_none=True)
 
     def first_forward(self) -> Tensor:
         """The output; counts ``saved_bytes``."""
@@ -135,7 +137,8 @@ def prepare(p: Problem, wanted: Sequence[tuple[Implementation, Variant]]) -> Ite
         for one, variant in mine:
             step = step_of(p, one, variant)
             error = _checked(one.name, step, expected, own[variant.dtype])
-            yield variant, Prepared(step, {"error": error, **_about(step)})
+            step.run(CpuClock())  # the first backward compiles
+            yield variant, Prepared(step, {"error": error, **about(step)})
 
 
 def _checked(name: str, step: Step, expected: Tensor, own: float) -> float:
@@ -144,15 +147,3 @@ def _checked(name: str, step: Step, expected: Tensor, own: float) -> float:
     except AssertionError as error:
         batch = f"a batch of {step.x.shape[0]} may be too small for this network's statistics: try a larger --batch"
         raise AssertionError(f"{error} ({batch})") from None
-
-
-def _about(step: Step) -> dict[str, Any]:
-    step.run(CpuClock())  # the first backward compiles
-    used = memory.allocations(lambda: step.run(CpuClock()), str(step.x.device))
-    return {
-        "saved_bytes": step.saved_bytes,
-        "peak_bytes": used.peak,
-        "allocations": used.count,
-        "batch": step.x.shape[0],
-        "shape": list(step.x.shape),
-    }

@@ -138,7 +138,7 @@ def prepare(
                 if (one.method, variant.dtype) == (method, dtype):
                     step = step_of(mine, one, variant)
                     error = measure.check(one.name, step.first_step(), expected, tolerance)
-                    yield variant, Prepared(step, {"error": error, **_about(step, mine)})
+                    yield variant, Prepared(step, {"error": error, **about(step)})
 
 
 def _tolerance(p: Problem, method: str, dtype: torch.dtype, expected: Sequence[Tensor]) -> float:
@@ -149,15 +149,16 @@ def _tolerance(p: Problem, method: str, dtype: torch.dtype, expected: Sequence[T
     return TIMES * max(errors) + torch.finfo(dtype).eps
 
 
-def _about(step: Step, p: Problem) -> dict[str, Any]:
+def about(step: Any) -> dict[str, Any]:
+    """What a step that has run once takes: a layer's or a network's."""
     step.forget()
-    used = memory.allocations(lambda: step.run(CpuClock()), str(p.x.device))
+    used = memory.allocations(lambda: step.run(CpuClock()), str(step.x.device))
     return {
         "saved_bytes": step.saved_bytes,
         "peak_bytes": used.peak,
         "allocations": used.count,
-        "batch": p.x.shape[0],
-        "shape": list(p.x.shape),
+        "batch": step.x.shape[0],
+        "shape": list(step.x.shape),
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdeconv import checks, distributed, running, transforms
 from tdeconv.functional import inverse_sqrt
-from tdeconv.precision import statistics_dtype
+from tdeconv.precision import no_autocast, statistics_dtype
 
 
 class ChannelDeconv(nn.Module):
@@ -154,7 +154,7 @@ class ChannelDeconv(nn.Module):
         c = x.shape[1] // self.block * self.block
         buffers = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
         group = distributed.active(self.process_group) if self.training else None
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             if self.training and (x.numel() > 0 or group is not None):
                 transforms.no_vmap_in_training()
                 statistics, seen = self._statistics(image, c, group)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tdeconv import checks, distributed, ops, reference, running, transforms
 from tdeconv.backends import choose
 from tdeconv.geometry import Geometry, resolve_block
-from tdeconv.precision import compute_dtype, statistics_dtype
+from tdeconv.precision import compute_dtype, no_autocast, statistics_dtype
 
 METHODS = ("newton_schulz", "eigh")
 
@@ -62,7 +62,7 @@ def patch_moments(
     checks.divides("groups", groups, "the input's channels", x.shape[1])
     block = x.shape[1] if block is None else checks.positive_int("block", block)
     geo = convolution_geometry(x, kernel_size, stride, padding, dilation, groups, block, grouping, 1)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         name = transforms.backend_for(choose(backend, x.device))
         mean, cov = reference.patch_moments(x, geo) if name == "reference" else ops.patch_moments(x, geo.pack(), name)
     return mean.flatten(), cov if groups > 1 else cov.squeeze(0)
@@ -92,7 +92,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int = 5, *, method: str = "newton_schulz",
     checks.one_of("method", method, METHODS)
     if cov.numel() == 0:
         return cov.clone()
-    with torch.autocast(cov.device.type, enabled=False):
+    with no_autocast(cov.device.type):
         batch = cov.to(statistics_dtype(cov.dtype)).reshape(-1, *cov.shape[-2:])
         name = transforms.backend_for(choose(backend, cov.device))
         if method == "eigh":
@@ -152,7 +152,7 @@ def fold_deconv(
         )
     geo = Geometry(geo.channels, kernel, ones, ones, ones, groups, deconv.shape[-1] // geo.taps, grouping)
     checks.running(mean, deconv, geo, training=False)
-    with torch.autocast(weight.device.type, enabled=False):
+    with no_autocast(weight.device.type):
         folded, shift = _fold(weight, bias, mean, deconv, geo)
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
@@ -345,7 +345,7 @@ def _layer(
         checks.same_dtype(x, weight=weight, bias=bias)
     choice, dtype = choose(backend, x.device), autocast or x.dtype
     group = distributed.active(process_group) if training else None
-    with torch.autocast(device, enabled=False):
+    with no_autocast(device):
         x = x.to(_convolution_dtype(dtype, device))
         if not training or _needs_no_statistics(x, frozen, group):
             return _with_running(x, weight, bias, running_mean, running_deconv, geo).to(dtype)

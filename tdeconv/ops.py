@@ -17,7 +17,7 @@ from torch import Tensor
 from tdeconv import checks, corridor
 from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
-from tdeconv.precision import statistics_dtype
+from tdeconv.precision import no_autocast, statistics_dtype
 
 _MODULES = {"torch": "tdeconv.torch_backend", "triton": "tdeconv.kernels"}
 
@@ -33,7 +33,7 @@ def _no_autocast(function: Any) -> Any:
 
     @functools.wraps(function)
     def inner(first: Tensor, *args: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        with no_autocast(first.device.type):
             return function(first, *args)
 
     return inner

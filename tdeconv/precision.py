@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,3 +20,8 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
     if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta knows no autocast
         return None
     return torch.get_autocast_dtype(device)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Inside, autocast changes nothing; a context for a kind of device. Meta tensors know no autocast anyway."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

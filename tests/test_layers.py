@@ -231,6 +231,17 @@ def test_meta_device():
         assert all(torch.isfinite(t).all() for t in layer.state_dict().values())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_shapes_alone_go_through_on_the_meta_device(training, freeze):
+    layer = FastDeconv(4, 6, 3, stride=2, freeze=freeze, device="meta").train(training)
+    y = layer(torch.empty(5, 4, 9, 7, device="meta", requires_grad=True))
+    assert (y.shape, y.device.type) == ((5, 6, 4, 3), "meta")
+    y.sum().backward()
+    assert layer.weight.grad.shape == layer.weight.shape
+    assert Delinear(4, 6, device="meta")(torch.empty(5, 4, device="meta")).shape == (5, 6)
+
+
 # ------------------------------------------------------------------------------------------------------------ autocast
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import tdeconv
 from tdeconv import backends, checks
 from tdeconv.bench import machine
 from tdeconv.bench.clock import Clock, clock_of
+from tdeconv.bench.memory import no_stderr
 from tdeconv.bench.profiles import facts as layer_facts
 from tdeconv.bench.profiles import tables as profile_tables
 from tdeconv.bench.profiles.facts import Facts
@@ -216,31 +215,18 @@ def _trace(step: Step, clock: Clock, device: torch.device) -> str:
     observer = Observer(step.model, clock, ranges=True)
     profiler = torch.profiler.profile(activities=activities)
     with observer.watching():
-        with _quiet_stderr():
+        with no_stderr():
             profiler.start()
         try:
             step()
             observer.take()
         finally:
-            with _quiet_stderr():
+            with no_stderr():
                 profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         return path.read_text(encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """The profiler's library tells the process's stderr that it starts and stops, and has no switch for it."""
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 # ----------------------------------------------------------------------------------------------------------- result

@@ -128,8 +128,10 @@ def floor_sentence(data: Result) -> str:
     for s in sums:
         above[s.stage] = above.get(s.stage, 0.0) + s.above
     worst = max(above, key=above.__getitem__)
+    more = " (more, because some stages get by with less arithmetic)" if sum(floors) > whole else ""
     return (
         f"A training step of {network(group.network)}'s layers takes {number(whole)} ms; the formulas' bytes and "
-        f"arithmetic take {number(sum(floors))} ms at this machine's ceilings. {share(sum(above.values()) / whole)} of "
+        f"arithmetic take {number(sum(floors))} ms at this machine's ceilings{more}. "
+        f"{share(sum(above.values()) / whole)} of "
         f"the step lies above the stages' floors, most of it in {worst}: {share(above[worst] / whole)}."
     )

@@ -84,13 +84,14 @@ def _network(name: str, gpu: bool, options: Options, batch: int = MODEL_BATCH, s
 
 def _quick(gpu: bool, options: Options) -> Plan:
     layers = _layers(gpu, options, ("vgg11",))
+    compiled = ("conv_bn_relu_compiled", "torch_compiled", "triton_compiled") if gpu else ()  # compiling takes a minute
     return Plan(
         "quick",
         layers=layers,
         stages=layers,
         networks={"resnet18": _network("resnet18", gpu, options)} if has_torchvision() else {},
-        implementations=("conv_bn_relu", "conv_bn_relu_compiled", "reference", "paper", "torch", "triton"),
-        network_implementations=("conv_bn_relu", "paper", "torch", "triton"),
+        implementations=("conv_bn_relu", "reference", "paper", "torch", "triton", *compiled),
+        network_implementations=("conv_bn_relu", "paper", "torch", "triton", *compiled),
         stage_implementations=("torch", "triton"),
         layouts=_native(gpu),
         dtypes=_dtypes(gpu),

@@ -395,6 +395,13 @@ def test_every_set_has_rows_that_are_told_apart(name: str, device: str) -> None:
         assert all(network.size == 224 for network in plan.networks.values())
 
 
+def test_the_quick_set_compiles_on_gpus_only() -> None:
+    for device, compiled in (("cpu", False), ("cuda", True)):
+        plan = sets.plan("quick", torch.device(device), sets.Options())
+        assert ("conv_bn_relu_compiled" in plan.implementations) == compiled
+        assert ("conv_bn_relu_compiled" in plan.network_implementations) == compiled
+
+
 def test_options_change_a_set() -> None:
     options = {"batch": 2, "size": 16, "rounds": 3, "layouts": ("channels_last",), "dtypes": ("bfloat16",)}
     session = _session("layers", **options)

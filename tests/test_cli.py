@@ -121,7 +121,7 @@ def test_help_has_a_line_for_every_command(capsys: pytest.CaptureFixture[str]) -
         cli.main(["--help"])
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert {*MODULES, "info", "warmup"} <= {words[0] for words in lines if len(words) == 2}
-    assert ["profile", "show where a model's training step spends its time"] in lines  # one line, whole
+    assert ["profile", "show where a model's training step takes its time"] in lines  # one line, whole
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def ratios(layers: Iterable[Layer], rounds: int) -> Numbers:
     for layer in layers:
         prepared = steps.prepare(steps.problem(layer, TIMED_BATCH), wanted)
         works[layer.name] = _SideBySide({variant.implementation: one.work for variant, one in prepared})
-    bar = partial(tqdm, desc="measuring", unit="layer", ncols=80, mininterval=1, leave=False)
+    bar = partial(tqdm, desc="measuring", unit="layer", ncols=80, mininterval=1, leave=False, disable=None)
     seconds = measure.interleaved(works, rounds, clock=CpuClock(), progress=bar)
     return {name: {base: _ratio(of[OURS], of[base]) for base in BASELINES} for name, of in seconds.items()}
 
@@ -314,7 +314,8 @@ def run(path: Path, rounds: int, update: bool) -> list[str]:
     held = None if update and not path.exists() else load(path)
     with _one_thread():
         found = {
-            layer.name: exact(layer) for layer in tqdm(EXACT, desc="counting", unit="layer", ncols=80, leave=False)
+            layer.name: exact(layer)
+            for layer in tqdm(EXACT, desc="counting", unit="layer", ncols=80, leave=False, disable=None)
         }
         kept = networks()
         times = ratios(TIMED, rounds) if rounds else {}

@@ -83,6 +83,7 @@ def _distinct(layers: Iterator[Layer]) -> tuple[Layer, ...]:
 
 
 NETWORKS = {"vgg11": vgg11, "resnet50": resnet50}
+IN_TORCHVISION = {"vgg11": "vgg11_bn"}  # where the name there is another
 
 
 def activations(layer: Layer, batch: int, seed: int = 0) -> Tensor:

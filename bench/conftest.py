@@ -112,8 +112,8 @@ class Measurements:
         by_case: dict[tuple[str, str], list[Variant]] = {}
         for test, row in wanted:
             variants = by_case.setdefault((test, row.case), [])
-            if (variant := Variant(*row[1:4])) not in variants:
-                variants.append(variant)
+            if row.variant not in variants:
+                variants.append(row.variant)
         self.prepared: dict[Key, Prepared] = {}
         for (test, case), variants in tqdm(by_case.items(), desc="checking answers", unit="case", ncols=80):
             for variant, prepared in suites.BY_TEST[test].prepare(session, case, variants):
@@ -141,7 +141,7 @@ def replay(
     test, session = request.node.originalname, request.config.stash[SESSION]
 
     def replay(row: Row) -> None:
-        key = (test, row.case, Variant(*row[1:4]))
+        key = (test, row.case, row.variant)
         seconds = measurements.seconds[key]
         ceilings = machine.ceilings(session.device, session.plan.dtypes)
         info = {

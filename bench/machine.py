@@ -15,6 +15,8 @@ import torch
 
 from tdeconv.bench import roofline
 
+EMULATED = {"size": 1 << 20, "matrix": 256}  # products in half precision may take a hundred times float32's
+
 
 @functools.cache
 def describe(device: torch.device) -> dict[str, Any]:
@@ -53,14 +55,18 @@ def _driver() -> str | None:
 
 @functools.cache
 def ceilings(device: torch.device, dtypes: tuple[str, ...]) -> roofline.Ceilings:
-    """Measured once a session. Half precision, which most CPUs only emulate, by small products there."""
+    """Measured once a session, of float32 and of these dtypes.
+
+    Most CPUs only emulate half precision, by small products here; what it is slower at can be done in float32.
+    """
     found = roofline.measure_ceilings(device, [torch.float32])
     half = [getattr(torch, dtype) for dtype in dict.fromkeys(dtypes) if dtype != "float32"]
-    if half:
-        small = None if device.type == "cuda" else 256
-        rates = roofline.measure_ceilings(device, half, matrix=small).matmul
-        found = replace(found, matmul={**found.matmul, **rates})
-    return found
+    if not half:
+        return found
+    sizes = {} if device.type == "cuda" else EMULATED
+    rates = roofline.measure_ceilings(device, half, **sizes).matmul
+    least = found.matmul[torch.float32]
+    return replace(found, matmul={**found.matmul, **{dtype: max(rate, least) for dtype, rate in rates.items()}})
 
 
 def as_json(found: roofline.Ceilings) -> dict[str, Any]:

@@ -26,6 +26,14 @@ Key = TypeVar("Key")
 TOLERANCE = 2e-5  # relative, in float32
 
 
+class Variant(NamedTuple):
+    """An implementation as it is measured: in which memory layout, in which dtype."""
+
+    implementation: str
+    layout: str
+    dtype: str
+
+
 class Row(NamedTuple):
     """A row of the results: one part of one case, as one implementation does it. ``case`` is unique in its suite."""
 
@@ -35,13 +43,9 @@ class Row(NamedTuple):
     dtype: str
     part: str
 
-
-class Variant(NamedTuple):
-    """An implementation as it is measured: in which memory layout, in which dtype."""
-
-    implementation: str
-    layout: str
-    dtype: str
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.implementation, self.layout, self.dtype)
 
 
 class Work(Protocol):

@@ -23,10 +23,10 @@ from torch.profiler import ProfilerActivity
 
 import tdeconv
 from tdeconv import running
+from tdeconv.bench.cases import IN_TORCHVISION
 from tdeconv.vision import torchvision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NETWORKS = {"vgg11": "vgg11_bn"}  # torchvision's name, where it differs
 IMPLEMENTATIONS = ("conv_bn_relu", "torch")
 
 
@@ -159,7 +159,7 @@ def _network(name: str, implementation: str) -> nn.Module:
     models = torchvision().models
     try:
         with torch.device("meta"):
-            model = models.get_model(NETWORKS.get(name, name), weights=None)
+            model = models.get_model(IN_TORCHVISION.get(name, name), weights=None)
     except ValueError:
         raise ValueError(f"models must be names of torchvision's models, got {name!r}") from None
     return model if implementation == "conv_bn_relu" else tdeconv.convert_deconv(model, backend=implementation)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdeconv.bench import measure, memory
+from tdeconv.bench.cases import IN_TORCHVISION
 from tdeconv.bench.clock import Clock, CpuClock
 from tdeconv.bench.implementations import ORACLES, Implementation
 from tdeconv.bench.measure import Prepared, Variant
 from tdeconv.bench.steps import FORMATS, about, autocast
 from tdeconv.named_models import load_model
 
-PUBLIC = {"vgg11": "torchvision:vgg11_bn"}
 TOLERANCE = 2e-5  # what a network's outputs may be off where the reference itself is exact, relative
 TIMES = 10.0  # how many times the reference's own error they may
 DRAWS = 3
@@ -47,7 +47,7 @@ def problem(what: Network, device: torch.device | str = "cpu") -> Problem:
         ValueError: there is no such network, or it does not take images of that size.
     """
     torch.manual_seed(0)
-    model = load_model(PUBLIC.get(what.name, what.name), argument="--model").to(device)
+    model = load_model(IN_TORCHVISION.get(what.name, what.name), argument="--model").to(device)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -129,11 +129,6 @@ def _inside(folder: Path) -> dict[Path, Result]:
     return results
 
 
-def load_all(paths: Iterable[Path]) -> list[Result]:
-    """What :func:`found` finds, without the paths."""
-    return list(found(paths).values())
-
-
 # ---------------------------------------------------------------------------------------------------------- devices
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tdeconv.arguments import positive_int
 from tdeconv.backends import BackendUnavailable
 from tdeconv.bench import results
 from tdeconv.bench.implementations import OURS, implementations
@@ -23,13 +24,6 @@ from tdeconv.named_models import load_model
 
 SUITES = Path(__file__).parent
 REFUSED = 2  # exit status of what cannot be done as asked
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _percent(text: str) -> int:
@@ -57,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--backend", action="append", choices=OURS, help="measure this one of ours (default: all that can run)")
-    add("--rounds", type=_positive, metavar="N", help="rounds of every measurement (default: the set's)")
-    add("--batch", type=_positive, metavar="N", help="batch size (default: the set's)")
-    add("--size", type=_positive, metavar="N", help="height and width of the images (default: the set's)")
+    add("--rounds", type=positive_int, metavar="N", help="rounds of every measurement (default: the set's)")
+    add("--batch", type=positive_int, metavar="N", help="batch size (default: the set's)")
+    add("--size", type=positive_int, metavar="N", help="height and width of the images (default: the set's)")
     add("--layout", action="append", choices=tuple(FORMATS), help="memory layout (default: the set's)")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", action="append", choices=dtypes, help="half precision by autocast (default: the set's)")
@@ -168,7 +162,7 @@ def _measure(args: argparse.Namespace) -> tuple[int, str]:
     # ceilings are measured anew in each run; whether the devices are the same was asked before
     environment["PYTHONWARNINGS"] = "ignore:Benchmark machine_info is different"
     command = _command(args, f"/dev/fd/{writing}")
-    with subprocess.Popen(command, cwd=os.getcwd(), env=environment, pass_fds=(writing,)) as child:
+    with subprocess.Popen(command, env=environment, pass_fds=(writing,)) as child:
         os.close(writing)
         chunks: list[str] = []
         with os.fdopen(reading, encoding="utf-8") as pipe:

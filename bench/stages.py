@@ -117,29 +117,37 @@ class ReferenceStages(_Layer):
         self.tape.clear()
 
 
-class TimedStages:
-    """A fast backend's stages, each call's marks under its stage and direction: ``"fold backward"``."""
+class WatchedStages:
+    """A fast backend's module, each call of a stage by way of ``around(stage, direction, call)``."""
 
-    def __init__(self, stages: corridor.Stages, clock: Clock) -> None:
-        self._stages, self._clock = stages, clock
-        self.marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+    def __init__(self, stages: corridor.Stages, around: Callable[[str, str, Callable[[], Any]], Any]) -> None:
+        self._stages, self._around = stages, around
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self._stages, name)
         stage, backward, _ = name.partition("_backward")
+        if stage not in roofline.STAGES:
+            return function
+        direction = DIRECTIONS[bool(backward)]
+        return lambda *args: self._around(stage, direction, lambda: function(*args))
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self._clock.mark()
-            result = function(*args, **kwargs)
-            if stage in roofline.STAGES:
-                self.marks[f"{stage} {'backward' if backward else 'forward'}"].append((start, self._clock.mark()))
-            return result
 
-        return timed
+class Stopwatch:
+    """The marks of stages' calls, by stage and direction: ``"fold backward"``."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def around(self, stage: str, direction: str, call: Callable[[], Any]) -> Any:
+        start = self._clock.mark()
+        result = call()
+        self._marks[f"{stage} {direction}"].append((start, self._clock.mark()))
+        return result
 
     def seconds(self) -> dict[str, float]:
         """By stage and direction."""
-        return {part: sum(self._clock.seconds(*m) for m in marks) for part, marks in self.marks.items()}
+        return {part: sum(self._clock.seconds(*m) for m in marks) for part, marks in self._marks.items()}
 
 
 class FastStages(_Layer):
@@ -175,15 +183,16 @@ class FastStages(_Layer):
             return self.step.first_step()
 
     @contextmanager
-    def _timed(self, clock: Clock) -> Iterator[TimedStages]:
+    def _timed(self, clock: Clock) -> Iterator[Stopwatch]:
         """Inside, the backend's operators find timed stages."""
-        timed = TimedStages(self.stages, clock)
+        watch = Stopwatch(clock)
+        watched = WatchedStages(self.stages, watch.around)
 
         def stages(backend: str) -> Any:
-            return timed
+            return watched
 
         with mock.patch.object(ops, "stages", stages):
-            yield timed
+            yield watch
 
     def _moments(self, clock: Clock) -> dict[str, float]:
         """The moments alone, of vectors that are there already."""

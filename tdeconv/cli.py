@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tdeconv import __version__, backends, checks
+from tdeconv.arguments import positive_int
 from tdeconv.convert import convert_deconv
 from tdeconv.named_models import FORMS, load_model, random_input, some_loss, to_layout
 
@@ -90,13 +91,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def _info(_: argparse.Namespace) -> int:
     print(f"tdeconv  {__version__}")
     print(f"python   {platform.python_version()} on {platform.platform()}")
@@ -164,7 +158,7 @@ def _add_warmup(commands: Any) -> None:
     warmup = commands.add_parser("warmup", help=about, description=f"{about[0].upper()}{about[1:]}.")
     add = warmup.add_argument
     add("model", metavar="MODEL", help=FORMS)
-    shape = {"type": _positive, "nargs": "+", "default": [64, 3, 224, 224], "metavar": "N"}
+    shape = {"type": positive_int, "nargs": "+", "default": [64, 3, 224, 224], "metavar": "N"}
     add("--shape", **shape, help="of the input, batch first (default 64 3 224 224)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="by autocast (%(default)s)")
     add("--layout", choices=("channels_last", "contiguous"), default="channels_last", help="of images (%(default)s)")

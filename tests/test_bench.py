@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,8 @@ TINY_POINT = Layer(8, 6, 7, kernel=1, block=2, n_iter=3)
 TINY_GROUPS = Layer(8, 6, 7, groups=2)
 LAYERS = pytest.mark.parametrize("layer", [TINY, TINY_FIRST, TINY_POINT], ids=["hidden", "first", "point"])
 MADE_UP = roofline.Ceilings(1e10, {torch.float32: 1e11, torch.bfloat16: 1e11}, 1e-6)
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_compiler = pytest.mark.skipif(implementations.why_not_compiled(CPU) is not None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other on layers so small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class CountingClock:
@@ -292,11 +284,11 @@ def test_group_convolutions_are_not_cut_at_their_stages(name: str) -> None:
 
 def test_a_stage_called_twice_counts_twice() -> None:
     counting: Any = CountingClock()
-    timed: Any = stages.TimedStages(
-        type("Stages", (), {"fold": lambda self: 5, "describe": lambda self: 6})(), counting
-    )
-    assert [timed.fold(), timed.fold(), timed.describe()] == [5, 5, 6]
-    assert timed.seconds() == {"fold forward": 2.0}
+    watch = stages.Stopwatch(counting)
+    module: Any = type("Stages", (), {"fold": lambda self: 5, "describe": lambda self: 6})()
+    watched = stages.WatchedStages(module, watch.around)
+    assert [watched.fold(), watched.fold(), watched.describe()] == [5, 5, 6]
+    assert watch.seconds() == {"fold forward": 2.0}
 
 
 def test_a_folder_without_the_paper_s_code_is_refused(tmp_path: Path) -> None:
@@ -465,3 +457,19 @@ def test_the_machine_is_described_without_its_name() -> None:
     assert found["cores"] >= 1
     assert set(found) == {"device", "cores", "threads", "driver", "torch", "triton"}
     assert machine.as_json(MADE_UP) == {"memory": 1e10, "launch": 1e-6, "matmul": {"float32": 1e11, "bfloat16": 1e11}}
+
+
+def test_half_precision_is_never_slower_than_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 9e10, torch.bfloat16: 1e9, torch.float16: 2e11}
+    asked: list[tuple[tuple[torch.dtype, ...], dict[str, int]]] = []
+
+    def measured(device: torch.device, dtypes: list[torch.dtype], **sizes: int) -> roofline.Ceilings:
+        asked.append((tuple(dtypes), sizes))
+        return roofline.Ceilings(1e9, {dtype: rates[dtype] for dtype in dtypes}, 1e-6)
+
+    monkeypatch.setattr(roofline, "measure_ceilings", measured)
+    ceilings = machine.ceilings.__wrapped__  # measured anew
+    found = ceilings(CPU, ("bfloat16", "float16"))
+    assert found.matmul == {torch.float32: 9e10, torch.bfloat16: 9e10, torch.float16: 2e11}
+    assert asked == [((torch.float32,), {}), ((torch.bfloat16, torch.float16), machine.EMULATED)]
+    assert ceilings(CPU, ("float32",)).matmul == {torch.float32: 9e10}

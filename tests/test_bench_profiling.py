@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tdeconv import ChannelDeconv, Delinear, FastDeconv, FastDeconv1d, cli, ops, running
+from tdeconv.bench import machine
 from tdeconv.bench.profiles import command as profiling
 from tdeconv.bench.profiles import tables as profile_tables
 from tdeconv.bench.profiles.facts import label, look
@@ -347,7 +348,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "nets", raising=False)
     monkeypatch.delenv("TDECONV_BACKEND", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(profiling, "measure_ceilings", lambda device, dtypes, **sizes: CEILINGS)
+    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: CEILINGS)
 
 
 def profile(*options: str) -> int:
@@ -474,18 +475,3 @@ def test_refused_options(options: list[str], capsys: pytest.CaptureFixture[str])
         cli.main(["profile", *(["--model", "resnet18", *options] if options else [])])
     assert stopped.value.code == 2
     assert "error" in capsys.readouterr().err
-
-
-def test_half_precision_is_never_slower_than_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = {torch.float32: 9e10, torch.bfloat16: 1e9, torch.float16: 2e11}
-    asked: list[tuple[tuple[torch.dtype, ...], dict[str, int]]] = []
-
-    def measure(device: torch.device, dtypes: list[torch.dtype], **sizes: int) -> Ceilings:
-        asked.append((tuple(dtypes), sizes))
-        return Ceilings(1e9, {dtype: rates[dtype] for dtype in dtypes}, 1e-6)
-
-    monkeypatch.setattr(profiling, "measure_ceilings", measure)
-    found = profiling._measure_ceilings(torch.device("cpu"), {torch.bfloat16, torch.float16})
-    assert found.matmul == {torch.float32: 9e10, torch.bfloat16: 9e10, torch.float16: 2e11}
-    assert asked == [((torch.float32,), {}), ((torch.bfloat16, torch.float16), profiling.EMULATED)]
-    assert profiling._measure_ceilings(torch.device("cpu"), {torch.float32}).matmul == {torch.float32: 9e10}

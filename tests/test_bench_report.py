@@ -216,15 +216,18 @@ def test_a_folder_stands_for_its_result_files(tmp_path: Path) -> None:
     saved(tmp_path / "a" / "aot.json", {"rows": []})
     (tmp_path / "a" / "binary.json").write_bytes(b"\xff\x00")
     assert list(results.found([tmp_path])) == [second, first]
-    assert [data["benchmarks"][0]["stats"]["median"] for data in results.load_all([first, tmp_path / "a"])] == [1, 2]
+    assert [data["benchmarks"][0]["stats"]["median"] for data in results.found([first, tmp_path / "a"]).values()] == [
+        1,
+        2,
+    ]
 
 
 def test_nothing_found_says_where_and_how_to_make_results(tmp_path: Path) -> None:
     saved(tmp_path / "aot.json", {"rows": []})
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no result files; make results with: python -m tdeconv"):
-        results.load_all([tmp_path])
+        results.found([tmp_path])
     with pytest.raises(ValueError, match=r"gone\.json does not exist; make results with"):
-        results.load_all([tmp_path / "gone.json"])
+        results.found([tmp_path / "gone.json"])
 
 
 def test_devices_are_told_apart() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 
 import numpy as np
 import onnxruntime
@@ -21,13 +20,7 @@ DECONVS = (FastDeconv, FastDeconv1d, FastDeconv3d, Delinear)
 FOLDED = 1e-3
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """LAPACK's threads wait for one another: many times longer than one alone takes where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(public: Public) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import platform
 import statistics
@@ -22,36 +21,45 @@ from tqdm import tqdm
 
 import tdeconv
 from tdeconv import backends, checks
+from tdeconv.arguments import positive_int
 from tdeconv.bench import machine
 from tdeconv.bench.clock import Clock, clock_of
 from tdeconv.bench.memory import no_stderr
 from tdeconv.bench.profiles import facts as layer_facts
 from tdeconv.bench.profiles import tables as profile_tables
 from tdeconv.bench.profiles.facts import Facts
-from tdeconv.bench.profiles.observe import DIRECTIONS, Observer, Part, layers_of, with_rest
+from tdeconv.bench.profiles.observe import Observer, Part, layers_of, with_rest
 from tdeconv.bench.results import publish
-from tdeconv.bench.roofline import Ceilings, measure_ceilings
+from tdeconv.bench.roofline import Ceilings
+from tdeconv.bench.stages import DIRECTIONS
+from tdeconv.bench.steps import autocast
 from tdeconv.named_models import FORMS, load_model, random_input, some_loss, to_layout
 
 OUT = Path("bench-out") / "profile"
 WARM_UP = 1  # rounds, behind a first step
 BATCH = {"cpu": 16, "cuda": 64}
-EMULATED = {"size": 1 << 20, "matrix": 256}  # a CPU's products in half precision may take a hundred times float32's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help=FORMS)
-    add("--batch", type=_positive, metavar="N", help="images (default {cuda} on a GPU, {cpu} on a CPU)".format(**BATCH))
-    add("--size", type=_positive, metavar="N", help="their height and width (default 224, or what a timm model says)")
+    add(
+        "--batch",
+        type=positive_int,
+        metavar="N",
+        help="images (default {cuda} on a GPU, {cpu} on a CPU)".format(**BATCH),
+    )
+    add(
+        "--size", type=positive_int, metavar="N", help="their height and width (default 224, or what a timm model says)"
+    )
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="float32", help="half precision by autocast (default %(default)s)")
     layouts = ("channels_last", "contiguous")
     add("--layout", choices=layouts, default="channels_last", help="of images and weights (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--backend", choices=checks.BACKENDS, help="default: the fastest that can run, as the layers choose it")
-    add("--rounds", type=_positive, default=5, metavar="N", help="steps to take medians of (default %(default)s)")
+    add("--rounds", type=positive_int, default=5, metavar="N", help="steps to take medians of (default %(default)s)")
     add("--linear", action="store_true", help="convert linear layers too")
     add(
         "--out",
@@ -60,13 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for profile.json, .md and trace.json (default %(default)s)",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,15 +155,14 @@ class Step:
     """A training step without the optimiser."""
 
     def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype, clock: Clock) -> None:
-        self.model, self.x, self._clock = model, x, clock
-        self._autocast = functools.partial(torch.autocast, x.device.type, dtype, enabled=dtype != torch.float32)
+        self.model, self.x, self._dtype, self._clock = model, x, dtype, clock
 
     def __call__(self) -> tuple[Any, Any]:
         """The marks of its start and end."""
         self.model.zero_grad(set_to_none=True)
         self._clock.ready()
         start = self._clock.mark()
-        with self._autocast():
+        with autocast(self.x.device, self._dtype):
             output = self.model(self.x)
         some_loss(output).backward()
         return start, self._clock.mark()
@@ -244,7 +244,7 @@ def _profile(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, 
         facts = step.first()
         rounds = _measure(step, clock, args.rounds)
         trace = _trace(step, clock, device)
-    ceilings = _measure_ceilings(device, {f.dtype for f in facts.values()})
+    ceilings = machine.ceilings(device, tuple(sorted({_name(f.dtype) for f in facts.values()})))
     layers = [_layer(i, name, f, rounds.parts, ceilings) for i, (name, f) in enumerate(facts.items(), 1)]
     other = statistics.median(rounds.other)
     total = sum(layer["total_s"] for layer in layers) + other
@@ -307,16 +307,3 @@ def _layer(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _measure_ceilings(device: torch.device, dtypes: set[torch.dtype]) -> Ceilings:
-    """What half precision does slower than float32, as on CPUs that emulate its products, can be done in float32."""
-    half = sorted(dtypes - {torch.float32}, key=str)
-    if device.type == "cpu":
-        found = measure_ceilings(device, [torch.float32])
-        rates = {**measure_ceilings(device, half, **EMULATED).matmul, **found.matmul} if half else found.matmul
-    else:
-        found = measure_ceilings(device, [torch.float32, *half])
-        rates = found.matmul
-    least = rates[torch.float32]
-    return dataclasses.replace(found, matmul={dtype: max(rate, least) for dtype, rate in rates.items()})

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tdeconv import ChannelDeconv, Delinear, FastDeconv, FastDeconv1d, FastDeconv3d, ops
 from tdeconv.bench.clock import Clock
 from tdeconv.bench.roofline import STAGES
+from tdeconv.bench.stages import WatchedStages
 
 LAYERS = (FastDeconv, FastDeconv1d, FastDeconv3d, Delinear, ChannelDeconv)
 WHOLE, REST = "layer", "rest"
-DIRECTIONS = ("forward", "backward")
 
 
 class Part(NamedTuple):
@@ -84,7 +84,7 @@ class Observer:
         original = ops.stages
 
         def stages(backend: str) -> Any:
-            return _WatchedStages(original(backend), self)
+            return WatchedStages(original(backend), self.timed)
 
         try:
             with mock.patch.object(ops, "stages", stages):
@@ -145,21 +145,6 @@ class Observer:
             end = mark if mark is not None else self._last
             self._end(self._backward, self._backward.start if end is None else end)
         self._backward = self._last = None
-
-
-class _WatchedStages:
-    """A backend's module whose stages are timed."""
-
-    def __init__(self, stages: Any, observer: Observer) -> None:
-        self._stages, self._observer = stages, observer
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._stages, name)
-        stage, backward, _ = name.partition("_backward")
-        if stage not in STAGES:
-            return function
-        direction = DIRECTIONS[bool(backward)]
-        return lambda *args: self._observer.timed(stage, direction, lambda: function(*args))
 
 
 def with_rest(seconds: dict[Part, float], step: float) -> tuple[dict[Part, float], float]:

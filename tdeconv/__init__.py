@@ -12,6 +12,7 @@ from tdeconv.explain import explain
 from tdeconv.functional import delinear, fast_deconv, fold_deconv, inverse_sqrt, patch_moments
 from tdeconv.fuse import fuse_deconv_eval
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv.update_stats import update_stats
 
 try:
     __version__ = _version("tdeconv")
@@ -36,5 +37,6 @@ __all__ = [
     "fuse_deconv_eval",
     "inverse_sqrt",
     "patch_moments",
+    "update_stats",
     "use_backend",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdeconv import checks, distributed, running, transforms
 from tdeconv.functional import inverse_sqrt
 from tdeconv.precision import no_autocast, statistics_dtype
+from tdeconv.products import product
 
 
 class ChannelDeconv(nn.Module):
@@ -27,7 +28,8 @@ class ChannelDeconv(nn.Module):
         block: channels whitened together, at most C.
         eps: added to the second moment's diagonal and to the variance.
         n_iter: Newton-Schulz steps.
-        momentum: share of the batch's statistics in the running ones, in [0, 1]; the first batch's replace them.
+        momentum: share of the batch's statistics in the running ones, in [0, 1]; the first batch's replace them. None
+            makes these the plain average of all batches.
         sampling_stride: the statistics take every ``sampling_stride**2``-th value of a row, where H and W allow it.
         backend: see :func:`tdeconv.use_backend`.
         device, dtype: of the buffers.
@@ -57,7 +59,7 @@ class ChannelDeconv(nn.Module):
         block: int,
         eps: float = 1e-2,
         n_iter: int = 5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         sampling_stride: int = 3,
         *,
         backend: str | None = None,
@@ -109,25 +111,42 @@ class ChannelDeconv(nn.Module):
         scatter = (rest - rest_mean).square().sum()
         row = torch.cat([*(mean.new_full((1,), k) for k in counts), mean, rest_mean.view(1)])
         # the blocks' is about zero, not about the mean: the method's definition
-        summand = torch.cat([(rows @ rows.t()).flatten(), scatter.view(1)])
+        summand = torch.cat([product(rows, rows.t()).flatten(), scatter.view(1)])
         ranks, total = distributed.gather_and_sum(row, summand, group)
         of_rank = ranks[:, :2].detach()
         samples = of_rank.sum(0)
         share = of_rank / samples.clamp(min=1)
-        mean, rest_mean = share[:, 0] @ ranks[:, 2:-1], share[:, 1] @ ranks[:, -1]
+        mean, rest_mean = (share[:, :1] * ranks[:, 2:-1]).sum(0), (share[:, 1] * ranks[:, -1]).sum()
         moment = total[:-1].view(self.block, self.block) / samples[0].clamp(min=1)
-        scatter = total[-1] + of_rank[:, 1] @ (ranks[:, -1] - rest_mean).square()
+        scatter = total[-1] + (of_rank[:, 1] * (ranks[:, -1] - rest_mean).square()).sum()
         return mean, moment, rest_mean, scatter / (samples[1] - 1).clamp(min=1), samples
 
+    def _buffers_averaged(self) -> tuple[Tensor, ...]:
+        return self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
+
     def _statistics(self, x: Tensor, c: int, group: distributed.StatisticsGroup | None) -> tuple[list[Tensor], Tensor]:
-        """What the buffers average: the running values where there are no samples. And whether there are any (0-d)."""
+        """The batch's statistics, or the running ones where there are no samples; and which of them are to be counted
+        in these ``(4)``: not those of blocks that are all zero, nor those of a rest whose samples do not differ.
+        """
         mean, moment, rest_mean, var, samples = self._moments(x, c, group)
         eye = torch.eye(self.block, dtype=moment.dtype, device=x.device)
         root = inverse_sqrt(moment + self.eps * eye, self.n_iter, backend=self.backend)
         seen = (samples > 0).repeat_interleave(2)
         new = (mean.view(-1, 1), root, rest_mean.view(1, 1), var.view(1, 1))
-        kept = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
-        return [torch.where(s, n, k.to(n.dtype)) for s, n, k in zip(seen, new, kept, strict=True)], seen[0]
+        statistics = [
+            torch.where(s, n, k.to(n.dtype)) for s, n, k in zip(seen, new, self._buffers_averaged(), strict=True)
+        ]
+        some = running.varied(torch.zeros_like(mean), moment)  # about zero, as the moment is
+        differ = running.varied(rest_mean.view(1), var.view(1, 1))
+        return statistics, seen & torch.stack([some, differ]).flatten().repeat_interleave(2)
+
+    def _update(self, statistics: list[Tensor], news: Tensor) -> None:
+        buffers, count = self._buffers_averaged(), self.num_batches_tracked
+        counted = [torch.where(s, n, k.to(n.dtype)) for s, n, k in zip(news, statistics, buffers, strict=True)]
+        share = running.average_share(count, counted[0].dtype)  # 1 for the first
+        if self.momentum is not None:
+            share = torch.where(count == 0, share, self.momentum)
+        count.add_(running.update_(buffers, counted, share) & news[0])
 
     def _apply_statistics(self, x: Tensor, c: int, mean1: Tensor, root: Tensor, mean2: Tensor, var: Tensor) -> Tensor:
         work = root.dtype
@@ -149,21 +168,18 @@ class ChannelDeconv(nn.Module):
                 f"ChannelDeconv with block={self.block} needs at least that many channels, got {x.shape[1]} (shape "
                 f"{tuple(x.shape)}); set block smaller"
             )
-        checks.same_home(x, running_deconv=self.running_deconv)
+        checks.same_home(x, **dict(self.named_buffers()))
         image = x if x.ndim == 4 else x[:, :, None, None]
         c = x.shape[1] // self.block * self.block
-        buffers = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
         group = distributed.active(self.process_group) if self.training else None
         with no_autocast(x.device.type):
             if self.training and (x.numel() > 0 or group is not None):
                 transforms.no_vmap_in_training()
-                statistics, seen = self._statistics(image, c, group)
-                first = self.num_batches_tracked == 0
-                made = running.update_(buffers, statistics, self.momentum, first)
-                self.num_batches_tracked.add_(made & seen)
+                statistics, news = self._statistics(image, c, group)
+                self._update(statistics, news)
             else:
                 work, keep = statistics_dtype(x.dtype), torch.is_grad_enabled()
-                statistics = [(b.clone() if keep else b).to(work) for b in buffers]
+                statistics = [(b.clone() if keep else b).to(work) for b in self._buffers_averaged()]
             return self._apply_statistics(image, c, *statistics).reshape(x.shape)
 
     def extra_repr(self) -> str:

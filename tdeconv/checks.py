@@ -14,11 +14,11 @@ from tdeconv.geometry import GROUPINGS, Geometry
 BACKENDS = ("triton", "torch", "reference")
 
 
-def positive_int(name: str, value: Any) -> int:
+def positive_int(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return cast(int, value)  # a SymInt stands in for one under torch.compile
 
 
@@ -77,13 +77,17 @@ def grouping(value: Any) -> str:
     return one_of("grouping", value, GROUPINGS)
 
 
-def options(eps: Any, n_iter: Any, momentum: Any, block: Any, sampling_stride: Any = 1) -> None:
-    """The options that all layers and whole-layer functions share."""
+def options(
+    eps: Any, n_iter: Any, momentum: Any, block: Any, sampling_stride: Any = 1, samples_per_feature: Any = 0
+) -> None:
+    """The options that all layers and whole-layer functions share. A momentum of None asks for a plain average."""
     positive_number("eps", eps)
     positive_int("n_iter", n_iter)
-    fraction("momentum", momentum)
+    if momentum is not None:
+        fraction("momentum", momentum)
     positive_int("block", block)
     positive_int("sampling_stride", sampling_stride)
+    positive_int("samples_per_feature", samples_per_feature, least=0)
 
 
 def same_home(x: Tensor, **others: Tensor | None) -> None:
@@ -151,6 +155,20 @@ def running(mean: Tensor | None, deconv: Tensor | None, geo: Geometry, training:
     d = geo.features
     shape("running_mean", mean, (geo.groups * d,))
     shape("running_deconv", deconv, (d, d) if geo.groups == 1 else (geo.groups, d, d))
+
+
+def frozen(value: Any) -> None:
+    """The flag that makes a training step use the running statistics."""
+    if value is not None and not (isinstance(value, Tensor) and value.dtype == torch.bool and value.ndim == 0):
+        came = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"frozen must be a 0-d bool tensor or None, got {came}")
+
+
+def num_updates(value: Any, geo: Geometry) -> None:
+    """The count that a plain average needs."""
+    if value is None:
+        raise ValueError("momentum=None needs num_updates, a count of batches per covariance, got None")
+    shape("num_updates", value, (geo.groups,))
 
 
 def float_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -71,6 +71,7 @@ class _Options:
 
     block: int
     sampling_stride: int
+    samples_per_feature: int
     n_iter: int
     first_n_iter: int
     freeze_first: bool
@@ -78,7 +79,7 @@ class _Options:
     backend: str | None
 
     def check(self) -> None:
-        checks.options(1e-5, self.n_iter, 0.1, self.block, self.sampling_stride)
+        checks.options(1e-5, self.n_iter, 0.1, self.block, self.sampling_stride, self.samples_per_feature)
         checks.positive_int("first_n_iter", self.first_n_iter)
         checks.positive_int("block_fc", self.block_fc)
         checks.backend(self.backend)
@@ -89,6 +90,7 @@ def convert_deconv(
     *,
     block: int = 64,
     sampling_stride: int = 3,
+    samples_per_feature: int = 4,
     n_iter: int = 5,
     first_n_iter: int = 15,
     freeze_first: bool = True,
@@ -109,12 +111,16 @@ def convert_deconv(
     model's code cannot be traced, taken from the order in which its modules were registered.
 
     Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
-    that copies. A 1x1 convolution behind a global pooling (squeeze and excitation) samples every image: with every
-    ninth, its statistics would come from a handful.
+    that copies.
+
+    A covariance of too few samples says nothing of the data, and whitening by it blows up noise. So a converted layer
+    takes every ``sampling_stride``-th patch only where that leaves enough of them, and more, up to all of them, where
+    maps or batches are small: ``samples_per_feature`` is how many are enough.
 
     Args:
         model: changed in place.
-        block, sampling_stride, backend: as in :class:`tdeconv.FastDeconv`.
+        block, sampling_stride, samples_per_feature, backend: as in :class:`tdeconv.FastDeconv`; a
+            ``samples_per_feature`` of 0 samples at ``sampling_stride`` always.
         n_iter: Newton-Schulz steps; at most 3 in group convolutions and 1 in depthwise ones, as in the paper.
         first_n_iter: those of the convolutions that see the model's input.
         freeze_first: whether these freeze their statistics (``freeze`` of :class:`tdeconv.FastDeconv`).
@@ -133,7 +139,9 @@ def convert_deconv(
         ValueError: an option out of range, or a name in ``exclude`` that no module has.
     """
     _check_model(model)
-    options = _Options(block, sampling_stride, n_iter, first_n_iter, freeze_first, block_fc, backend)
+    options = _Options(
+        block, sampling_stride, samples_per_feature, n_iter, first_n_iter, freeze_first, block_fc, backend
+    )
     options.check()
     plan = Plan(model, linear, _excluded(model, exclude))
     rows: list[ConversionRow] = []
@@ -145,7 +153,7 @@ def convert_deconv(
                 new[module] = _without_norm(module, plan.links[module])
                 action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
             elif not why:
-                new[module] = _deconv(module, module in plan.first, module in plan.pooled, options)
+                new[module] = _deconv(module, module in plan.first, options)
                 action, became, why = "converted", _describe(new[module]), plan.remark(module)
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
     for parent in list(model.modules()):
@@ -226,7 +234,7 @@ def _without_norm(norm: Any, link: Links) -> nn.Module:
     return rest
 
 
-def _deconv(layer: Any, first: bool, pooled: bool, options: _Options) -> nn.Module:
+def _deconv(layer: Any, first: bool, options: _Options) -> nn.Module:
     """The deconvolution layer for a convolution or linear layer: its weight, a bias, fresh running statistics."""
     weight, n_iter = layer.weight, options.n_iter
     common: dict[str, Any] = {"backend": options.backend, "device": "meta", "dtype": weight.dtype}
@@ -240,7 +248,8 @@ def _deconv(layer: Any, first: bool, pooled: bool, options: _Options) -> nn.Modu
             *(layer.stride, layer.padding, layer.dilation, layer.groups),
             n_iter=options.first_n_iter if first else min(n_iter, most),
             block=options.block,
-            sampling_stride=1 if pooled else options.sampling_stride,
+            sampling_stride=options.sampling_stride,
+            samples_per_feature=options.samples_per_feature,
             freeze=first and options.freeze_first,
             padding_mode=layer.padding_mode,
             **common,

@@ -7,13 +7,16 @@ so that no second tensor of the input's size exists. Nothing of the input's size
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
+from tdeconv.products import exact_products
+from tdeconv.running import varied
 
 
 class Stages(Protocol):
@@ -88,18 +91,29 @@ def forward(
     geo: Geometry,
     eps: float,
     n_iter: int,
-) -> tuple[Tensor, Saved]:
-    """The layer in training: the output, and the rest of the forward."""
-    if frozen is not None and frozen.flag:
-        mean, deconv = _batched(frozen, statistics_dtype(x.dtype), geo)
-        basis, spectrum = stages.inverse_sqrt_saved(deconv, n_iter)
-    else:
-        mean, cov = stages.patch_moments(x, geo)
-        cov.diagonal(dim1=-2, dim2=-1).add_(eps)
-        deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
-    folded, shift = stages.fold(weight, bias, mean, deconv, geo)
+) -> tuple[Tensor, Saved, Tensor]:
+    """The layer in training: the output, the rest of the forward, which running statistics are to count it ``(b)``."""
+    with exact_products():
+        if frozen is not None and frozen.flag:
+            mean, deconv = _batched(frozen, statistics_dtype(x.dtype), geo)
+            basis, spectrum = stages.inverse_sqrt_saved(deconv, n_iter)
+            news = torch.zeros(geo.groups, dtype=torch.bool, device=x.device)
+        else:
+            mean, cov = stages.patch_moments(x, geo)
+            news = varied(mean, cov)
+            cov.diagonal(dim1=-2, dim2=-1).add_(eps)
+            deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
+        folded, shift = stages.fold(weight, bias, mean, deconv, geo)
     folded, shift = folded.to(x.dtype), shift.to(x.dtype)
-    return stages.convolve(x, folded, shift, geo), Saved(mean, deconv, folded, basis, spectrum)
+    with _convolving(geo):
+        y = stages.convolve(x, folded, shift, geo)
+    return y, Saved(mean, deconv, folded, basis, spectrum), news
+
+
+def _convolving(geo: Geometry) -> AbstractContextManager[Any]:
+    """Where a backend convolves by matrix products, the setting for matrix products is not meant: torch's own
+    convolutions do not follow it. A linear layer is a matrix product."""
+    return exact_products() if geo.kernel_size else nullcontext()
 
 
 def _batched(frozen: Frozen, dtype: torch.dtype, geo: Geometry) -> tuple[Tensor, Tensor]:
@@ -120,14 +134,16 @@ def backward(
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the input (None unless needed), the weight and the bias; ``frozen`` as the forward's flag was."""
-    grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, saved.folded, geo, need_x)
+    with _convolving(geo):
+        grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, saved.folded, geo, need_x)
     stat = saved.mean.dtype
     grad_folded, grad_bias = grad_folded.to(stat), grad_bias.to(stat)
     through_statistics = need_x and not (frozen is not None and frozen)
-    grad_weight, grad_mean, grad_deconv = stages.fold_backward(
-        grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo, through_statistics
-    )
-    if grad_x is not None and grad_mean is not None and grad_deconv is not None:
-        grad_cov = stages.inverse_sqrt_backward(grad_deconv, saved.basis, saved.spectrum, n_iter)
-        stages.patch_moments_backward_(grad_x, x, saved.mean, grad_mean, grad_cov, geo)
+    with exact_products():
+        grad_weight, grad_mean, grad_deconv = stages.fold_backward(
+            grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo, through_statistics
+        )
+        if grad_x is not None and grad_mean is not None and grad_deconv is not None:
+            grad_cov = stages.inverse_sqrt_backward(grad_deconv, saved.basis, saved.spectrum, n_iter)
+            stages.patch_moments_backward_(grad_x, x, saved.mean, grad_mean, grad_cov, geo)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

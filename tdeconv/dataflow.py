@@ -44,10 +44,6 @@ _PASSING_MODULES = (
     *(getattr(module, name) for module in (padding, pooling) for name in module.__all__),
     *(*_ALIASING_MODULES, nn.Upsample, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
 )
-_GLOBAL_POOLING = (
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
 # What returns new memory that its own gradient does not read.
 _FRESH = _words("add sub cat concat concatenate")
 # torch.fx records ``x += y`` as ``x + y``.
@@ -63,7 +59,6 @@ class Links:
     sinks: list[End] = field(default_factory=list)
     guessed: set[End] = field(default_factory=set)  # neighbours in the order of registration, where no trace tells
     calls: int = 0
-    pooled: bool = False  # its input has come through a pooling over all pixels
     input_read: bool = True  # others read its input too, or may: the caller, or a gradient
     overwritten: bool = True  # its output is overwritten by an operation in place, or may be
     weight_read: bool = False  # its parameters are used by other code than its own forward
@@ -165,42 +160,33 @@ class _Graph:
                     found.setdefault(owner, Links()).weight_read = True
             elif node.op == "call_module" and self.is_leaf(module := self._module(node)):
                 link = found.setdefault(module, Links())
-                sources, on_the_way = self._walk(_data_inputs(node), _data_inputs)
                 link.calls += 1
-                link.sources += sources
-                link.sinks += self._walk(_readers(node), _readers)[0]
-                link.pooled |= any(map(self._pools, on_the_way))
+                link.sources += self._walk(_data_inputs(node), _data_inputs)
+                link.sinks += self._walk(_readers(node), _readers)
                 link.input_read = link.calls > 1 or not all(map(self._yields_new, _data_inputs(node)))
                 link.overwritten = self._overwritten(node) or (link.calls > 1 and link.overwritten)
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))
 
-    def _walk(
-        self, start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]
-    ) -> tuple[list[End], list[fx.Node]]:
-        """The ends that are reached from ``start`` by ``step``, and the nodes on the way."""
+    def _walk(self, start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> list[End]:
+        """The ends that are reached from ``start`` by ``step``."""
         ends: dict[End, None] = {}
-        way: dict[fx.Node, None] = {}
+        seen: set[fx.Node] = set()
         todo = list(start)
         while todo:
             node = todo.pop(0)
             if not self._passes(node):
                 ends[self._end(node)] = None
-            elif node not in way:
-                way[node] = None
+            elif node not in seen:
+                seen.add(node)
                 todo += step(node)
-        return list(ends), list(way)
+        return list(ends)
 
     def _passes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self._module(node), _PASSING_MODULES)
         return node.op in ("call_function", "call_method") and _name(node) in _PASSING
-
-    def _pools(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self._module(node), _GLOBAL_POOLING)
-        return _name(node) == "mean" or _name(node).startswith("adaptive_")
 
     def _yields_new(self, node: fx.Node) -> bool:
         """Whether its output is memory that one operation alone reads."""

@@ -7,7 +7,6 @@ however far from zero the means are. The collective is differentiable and torch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -21,6 +20,8 @@ from torch.nn import functional as F
 from tdeconv import ops, reference
 from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
+from tdeconv.products import product
+from tdeconv.running import varied
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -181,14 +182,6 @@ def gather_and_sum(row: Tensor, summand: Tensor, group: StatisticsGroup | None) 
 # ------------------------------------------------------------------------------------------- convolutions, Delinear
 
 
-def _patches(x: Tensor, geo: Geometry) -> int:
-    """How many patches of a batch the statistics take."""
-    if geo.pointwise:
-        pixels = x.shape[0] * math.prod(x.shape[2:])
-        return -(-pixels // math.prod(geo.sample_stride))
-    return x.shape[0] * math.prod(geo.positions(tuple(x.shape[2:])))
-
-
 def _own_moments(x: Tensor, geo: Geometry, backend: str) -> tuple[Tensor, Tensor]:
     """Mean ``(b, D)`` and covariance ``(b, D, D)`` of this rank's batch; zeros for an empty one."""
     if x.shape[0] == 0:  # which still depend on x, so that this rank takes part in the backward's collective
@@ -199,7 +192,7 @@ def _own_moments(x: Tensor, geo: Geometry, backend: str) -> tuple[Tensor, Tensor
 
 def patch_moments(x: Tensor, geo: Geometry, backend: str, group: StatisticsGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Mean ``(b, D)`` and covariance ``(b, D, D)`` of all ranks' patches, and how many patches those are (0-d)."""
-    count = _patches(x, geo)
+    count = geo.patches(x.shape[0], tuple(x.shape[2:]))
     mean, cov = _own_moments(x, geo, backend)
     rows, within = gather_and_sum(torch.cat([mean.new_full((1,), count), mean.flatten()]), cov * count, group)
     counts = rows[:, 0].detach()
@@ -208,7 +201,7 @@ def patch_moments(x: Tensor, geo: Geometry, backend: str, group: StatisticsGroup
     means = rows[:, 1:].reshape(-1, *mean.shape)
     mean = (share * means).sum(0)
     between = (share.sqrt() * (means - mean)).transpose(0, 1)
-    return mean, within / total.clamp(min=1) + between.mT @ between, total
+    return mean, within / total.clamp(min=1) + product(between.mT, between), total
 
 
 def deconvolve(
@@ -222,16 +215,18 @@ def deconvolve(
     n_iter: int,
     backend: str,
     group: StatisticsGroup,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer in training: ``(y, mean (b, D), deconv (b, D, D))``, as :func:`tdeconv.reference.deconvolve`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The layer in training: ``(y, mean (b, D), deconv (b, D, D), news (b))``, as :func:`reference.deconvolve`.
 
     Where ``frozen``, and where the batches of all ranks are empty, the statistics are the running ones.
     """
     mean, cov, total = patch_moments(x, geo, backend, group)
+    news = varied(mean, cov)
     cov = cov + eps * torch.eye(geo.features, dtype=cov.dtype, device=cov.device)
     root = reference.inverse_sqrt(cov, n_iter) if backend == "reference" else ops.inverse_sqrt(cov, n_iter, backend)[0]
     if running is not None:
         keep = total == 0 if frozen is None else (total == 0) | frozen
         pairs = zip(running, (mean, root), strict=True)
         mean, root = (torch.where(keep, old.to(new.dtype).reshape(new.shape), new) for old, new in pairs)
-    return reference.convolve(x, *reference.fold(weight, bias, mean, root, geo), geo), mean, root
+        news = news & ~keep
+    return reference.convolve(x, *reference.fold(weight, bias, mean, root, geo), geo), mean, root, news

@@ -171,11 +171,13 @@ def fast_deconv(
     groups: int = 1,
     eps: float = 1e-5,
     n_iter: int = 5,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     block: int = 64,
     sampling_stride: int = 3,
+    samples_per_feature: int = 0,
     grouping: str = "interleaved",
     frozen: Tensor | None = None,
+    num_updates: Tensor | None = None,
     backend: str | None = None,
     process_group: distributed.StatisticsGroup | None = None,
 ) -> Tensor:
@@ -192,19 +194,25 @@ def fast_deconv(
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding in ints.
         eps: added to the covariance's diagonal.
         n_iter: Newton-Schulz steps.
-        momentum: share of the new statistics in the running ones.
+        momentum: share of the new statistics in the running ones; None makes these the plain average of all batches,
+            which takes ``num_updates``.
         block: channels whitened together, cut down to a divisor of C.
         sampling_stride: patches are sampled at every ``sampling_stride * stride``-th position.
+        samples_per_feature: where that leaves a covariance fewer than this many samples for each of its features, a
+            training step samples more, up to all patches. 0, as in the paper, never does.
         grouping: ``"interleaved"`` or ``"contiguous"``.
         frozen: a 0-d bool tensor; where true, a training step uses the running statistics and leaves them as they are
             (a tensor, so that a compiled graph holds both).
+        num_updates: ``(groups)`` ints, updated in place: how many batches each covariance's running values are of. Only
+            read with ``momentum=None``.
         backend: see :func:`tdeconv.use_backend`.
         process_group: whose ranks' batches the statistics are taken over: a converted layer's ``process_group`` (see
             :func:`tdeconv.convert_sync_deconv`), or None.
 
     Returns:
         ``(N, O, *spatial_out)`` in x's dtype, or autocast's. An empty batch yields an empty output and leaves the
-        running statistics alone; statistics that are not finite do too, and the output shows them.
+        running statistics alone; statistics that are not finite do too, and the output shows them; and so does a batch
+        without any variation, for each covariance that has none.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, range or device.
@@ -220,10 +228,12 @@ def fast_deconv(
         )
     batch = x if x.ndim == rank + 2 else x.unsqueeze(0)
     checks.weight_of(weight, batch, bias, groups)
-    checks.options(eps, n_iter, momentum, block, sampling_stride)
+    checks.options(eps, n_iter, momentum, block, sampling_stride, samples_per_feature)
     geo = convolution_geometry(
         batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride
     )
+    if training:
+        geo = sampled(geo, batch, samples_per_feature, process_group)
     y = _layer(
         batch,
         weight,
@@ -238,6 +248,7 @@ def fast_deconv(
         backend,
         process_group,
         frozen,
+        num_updates,
     )
     return y if batch is x else y.squeeze(0)
 
@@ -252,8 +263,9 @@ def delinear(
     training: bool,
     eps: float = 1e-5,
     n_iter: int = 5,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     block: int = 512,
+    num_updates: Tensor | None = None,
     backend: str | None = None,
     process_group: distributed.StatisticsGroup | None = None,
 ) -> Tensor:
@@ -265,7 +277,7 @@ def delinear(
         bias: ``(O)`` or None.
         running_mean: ``(D)`` with D the block cut down to a divisor of C; None in training keeps no statistics.
         running_deconv: ``(D, D)``; likewise.
-        training, eps, n_iter, momentum, block, backend, process_group: as in :func:`fast_deconv`.
+        training, eps, n_iter, momentum, block, num_updates, backend, process_group: as in :func:`fast_deconv`.
 
     Returns:
         ``(..., O)`` in x's dtype, or autocast's.
@@ -284,7 +296,19 @@ def delinear(
     checks.weight_of(weight, rows, bias, 1)
     geo = linear_geometry(x.shape[-1], block)
     y = _layer(
-        rows, weight, bias, running_mean, running_deconv, training, geo, eps, n_iter, momentum, backend, process_group
+        rows,
+        weight,
+        bias,
+        running_mean,
+        running_deconv,
+        training,
+        geo,
+        eps,
+        n_iter,
+        momentum,
+        backend,
+        process_group,
+        num_updates=num_updates,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -321,6 +345,17 @@ def convolution_geometry(
     return geo
 
 
+def sampled(
+    geo: Geometry, x: Tensor, samples_per_feature: int, process_group: distributed.StatisticsGroup | None
+) -> Geometry:
+    """The layer as a training step samples it: more densely where ``samples_per_feature`` asks for it. Each rank of a
+    group is taken to have as large a batch as this one."""
+    if not samples_per_feature:
+        return geo
+    images = x.shape[0] * (process_group.size if process_group is not None else 1)
+    return geo.sampling_enough(images, tuple(x.shape[2:]), samples_per_feature)
+
+
 def _layer(
     x: Tensor,
     weight: Tensor,
@@ -331,15 +366,27 @@ def _layer(
     geo: Geometry,
     eps: float,
     n_iter: int,
-    momentum: float,
+    momentum: float | None,
     backend: str | None,
     process_group: distributed.StatisticsGroup | None,
     frozen: Tensor | None = None,
+    num_updates: Tensor | None = None,
 ) -> Tensor:
     """Any layer, arguments checked: statistics of the batch in training, else the running ones."""
     checks.not_onnx(training)
-    checks.same_home(x, weight=weight, bias=bias, running_mean=running_mean, running_deconv=running_deconv)
+    checks.frozen(frozen)
+    checks.same_home(
+        x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_deconv=running_deconv,
+        frozen=frozen,
+        num_updates=num_updates,
+    )
     checks.running(running_mean, running_deconv, geo, training and frozen is None)
+    if training and momentum is None and running_mean is not None:
+        checks.num_updates(num_updates, geo)
     device, autocast = x.device.type, compute_dtype(x)
     if autocast is None:
         checks.same_dtype(x, weight=weight, bias=bias)
@@ -352,17 +399,26 @@ def _layer(
         name = transforms.backend_for(choice)
         transforms.no_vmap_in_training()
         kept = None if running_mean is None or running_deconv is None else (running_mean, running_deconv)
+        if group is None:
+            _warn_of_one_sample(x, geo)
         if group is not None:
-            y, mean, deconv = distributed.deconvolve(x, weight, bias, kept, frozen, geo, eps, n_iter, name, group)
+            y, *new, news = distributed.deconvolve(x, weight, bias, kept, frozen, geo, eps, n_iter, name, group)
         elif name == "reference":
             still = None if frozen is None or kept is None else (frozen, *kept)
-            y, mean, deconv = reference.deconvolve(x, weight, bias, geo, eps, n_iter, still)
+            y, *new, news = reference.deconvolve(x, weight, bias, geo, eps, n_iter, still)
         else:
             old = (None, None) if frozen is None or kept is None else kept
-            y, mean, deconv = ops.deconvolve(x, weight, bias, *old, frozen, geo.pack(), eps, n_iter, name)[:3]
-        if kept is not None:
-            running.update_(kept, (mean, deconv), momentum)
+            y, *new, _, _, _, news = ops.deconvolve(x, weight, bias, *old, frozen, geo.pack(), eps, n_iter, name)
+        if kept is not None and momentum is not None:
+            running.update_(kept, new, momentum, news)
+        elif kept is not None and num_updates is not None:
+            num_updates.add_(running.update_(kept, new, running.average_share(num_updates, new[0].dtype), news))
     return y.to(dtype)
+
+
+def _warn_of_one_sample(x: Tensor, geo: Geometry) -> None:
+    if not torch.compiler.is_compiling() and geo.patches(x.shape[0], tuple(x.shape[2:])) * geo.pooled == 1:
+        running.warn_of_one_sample()
 
 
 def _needs_no_statistics(x: Tensor, frozen: Tensor | None, group: distributed.StatisticsGroup | None) -> bool:

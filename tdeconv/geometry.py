@@ -86,9 +86,24 @@ class Geometry:
             for n, p, w, s in zip(spatial, self.padding, self.window, self.sample_stride, strict=True)
         )
 
+    def patches(self, images: int, spatial: tuple[int, ...]) -> int:
+        """``M``: the patches sampled from this many images of this spatial size."""
+        if self.pointwise:
+            return -(-images * math.prod(spatial) // self.flat_stride)
+        return images * math.prod(self.positions(spatial))
+
     def every(self) -> Geometry:
         """The convolution itself: the same layer without sampling."""
         return replace(self, sampling_stride=1)
+
+    def sampling_enough(self, images: int, spatial: tuple[int, ...], per_feature: int) -> Geometry:
+        """The same layer with the largest sampling stride up to its own that leaves each covariance at least
+        ``per_feature`` samples for each of its features; every patch where no stride does."""
+        for stride in range(self.sampling_stride, 1, -1):
+            sparser = replace(self, sampling_stride=stride)
+            if sparser.patches(images, spatial) * self.pooled >= per_feature * self.features:
+                return sparser
+        return self.every()
 
     def pack(self) -> list[int]:
         """As a flat list of ints, the form in which PyTorch operators take it."""

@@ -18,21 +18,64 @@ from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
 
 
-def _reset_running(mean: Tensor, deconv: Tensor) -> None:
-    mean.zero_()
-    deconv.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+class _RunningStatistics(nn.Module):
+    """What the layers with a weight share: a running mean and a running root."""
+
+    track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
+    process_group: StatisticsGroup | None = None  # whose ranks' statistics these are: see convert_sync_deconv
+    weight: Tensor
+    running_mean: Tensor
+    running_deconv: Tensor
+    num_updates: Tensor  # with momentum=None
+    num_batches_tracked: Tensor  # with freeze
+    _version = 2  # of the state_dict: the paper's code, which counts nothing in a buffer, writes 1
+
+    @property
+    def momentum(self) -> float | None:
+        """Share of a batch's statistics in the running ones. Set to None, these become the plain average of the batches
+        from then on (the next one replaces what there was), and the layer gets the buffer ``num_updates``.
+        """
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        if value is None and "num_updates" not in self._buffers:
+            covariances = getattr(self, "groups", 1)
+            counts = torch.zeros(covariances, dtype=torch.long, device=self.weight.device)
+            self.register_buffer("num_updates", counts)
+        elif value is not None and "num_updates" in self._buffers:
+            del self.num_updates
+        self._momentum = value
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, deconvolution the identity, all counts 0: freezing begins anew, and so does a plain average."""
+        with torch.no_grad():
+            self.running_mean.zero_()
+            self.running_deconv.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+            for counts in self._counts().values():
+                counts.zero_()
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as torch's layer does, and reset the running statistics."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "running_deconv" in self._buffers:  # not yet, when torch's constructor calls this
+            self.reset_running_stats()
+
+    def _counts(self) -> dict[str, Tensor]:
+        return {name: b for name, b in self._buffers.items() if b is not None and name.startswith("num_")}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a checkpoint of the paper's code counts nothing: start at 0, on the device of a weight that is to be assigned
+        for name, counts in self._counts().items():
+            device = state_dict.get(prefix + "weight", counts).device if counts.is_meta else counts.device
+            state_dict.setdefault(prefix + name, torch.zeros(counts.shape, dtype=counts.dtype, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _FastDeconvNd(_ConvNd):
+class _FastDeconvNd(_RunningStatistics, _ConvNd):
     """What the convolution layers of every rank share; ``_rank`` is the number of spatial axes."""
 
     _rank: int
-    track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
-    process_group: StatisticsGroup | None = None  # whose ranks' statistics these are: see convert_sync_deconv
-    running_mean: Tensor
-    running_deconv: Tensor
-    _version = 2  # of the state_dict: the paper's code, which counts no steps in a buffer, writes 1
-    num_batches_tracked: Tensor  # with freeze
 
     def __init__(
         self,
@@ -46,7 +89,7 @@ class _FastDeconvNd(_ConvNd):
         bias: bool = True,
         eps: float = 1e-5,
         n_iter: int = 5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         block: int = 64,
         sampling_stride: int = 3,
         freeze: bool = False,
@@ -54,11 +97,12 @@ class _FastDeconvNd(_ConvNd):
         *,
         padding_mode: str = "zeros",
         grouping: str = "interleaved",
+        samples_per_feature: int = 0,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        checks.options(eps, n_iter, momentum, block, sampling_stride)
+        checks.options(eps, n_iter, momentum, block, sampling_stride, samples_per_feature)
         checks.positive_int("freeze_iter", freeze_iter)
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
             checks.positive_int(name, value)
@@ -82,7 +126,7 @@ class _FastDeconvNd(_ConvNd):
         )
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
         self.block = resolve_block(block, in_channels, groups)
-        self.sampling_stride = sampling_stride
+        self.sampling_stride, self.samples_per_feature = sampling_stride, samples_per_feature
         self.freeze, self.freeze_iter = freeze, freeze_iter
         self.grouping = checks.grouping(grouping)
         self.backend = checks.backend(backend)
@@ -97,22 +141,10 @@ class _FastDeconvNd(_ConvNd):
             self.register_buffer("num_batches_tracked", steps)
         self.reset_running_stats()
 
-    def reset_running_stats(self) -> None:
-        """Mean 0, deconvolution the identity, freezing from its start."""
-        with torch.no_grad():
-            _reset_running(self.running_mean, self.running_deconv)
-            if self.freeze:
-                self.num_batches_tracked.zero_()
-
-    def reset_parameters(self) -> None:
-        """Initialise weight and bias as ``torch.nn.Conv2d`` does, and reset the running statistics."""
-        super().reset_parameters()
-        if "running_deconv" in self._buffers:  # not yet, when torch's constructor calls this
-            self.reset_running_stats()
-
     def _frozen(self) -> Tensor | None:
         """Whether this training step of a freezing layer uses the running statistics. On the device, unread."""
-        return self.num_batches_tracked % (10 * self.freeze_iter) >= self.freeze_iter if self.freeze else None
+        # > and not >=: the paper's code computes them in freeze_iter + 1 steps of each round
+        return self.num_batches_tracked % (10 * self.freeze_iter) > self.freeze_iter if self.freeze else None
 
     def forward(self, x: Tensor) -> Tensor:
         checks.float_tensor("input", x)
@@ -146,7 +178,9 @@ class _FastDeconvNd(_ConvNd):
             momentum=self.momentum,
             block=self.block,
             sampling_stride=self.sampling_stride,
+            samples_per_feature=self.samples_per_feature,
             grouping=self.grouping,
+            num_updates=self._buffers.get("num_updates"),
             backend=self.backend,
             process_group=self.process_group,
         )
@@ -155,9 +189,9 @@ class _FastDeconvNd(_ConvNd):
         return y
 
     def geometry(self, x: Tensor) -> tuple[Tensor, Geometry]:
-        """The input as it is convolved (padded, unless zeros do it) and the layer's sizes over it."""
+        """The input as it is convolved (padded, unless zeros do it) and the layer's sizes over it in training."""
         x, padding = self._pad(x)
-        return x, TF.convolution_geometry(
+        geo = TF.convolution_geometry(
             x,
             self.kernel_size,
             self.stride,
@@ -168,6 +202,7 @@ class _FastDeconvNd(_ConvNd):
             self.grouping,
             self.sampling_stride,
         )
+        return x, TF.sampled(geo, x, self.samples_per_feature, self.process_group)
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Padding that a convolution's own zeros cannot express goes into the input, before it is sampled."""
@@ -185,6 +220,8 @@ class _FastDeconvNd(_ConvNd):
             extra.append(f"eps={self.eps}")
         if self.momentum != 0.1:
             extra.append(f"momentum={self.momentum}")
+        if self.samples_per_feature:
+            extra.append(f"samples_per_feature={self.samples_per_feature}")
         if self.grouping != "interleaved":
             extra.append(f"grouping={self.grouping}")
         if self.freeze:
@@ -192,13 +229,6 @@ class _FastDeconvNd(_ConvNd):
         if self.backend is not None:
             extra.append(f"backend={self.backend}")
         return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # checkpoints of the paper's code do not have the counter of freezing
-        key = prefix + "num_batches_tracked"
-        if self.freeze and key not in state_dict:
-            state_dict[key] = self.num_batches_tracked.detach().clone()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class FastDeconv1d(_FastDeconvNd):
@@ -218,12 +248,15 @@ class FastDeconv(_FastDeconvNd):
             as in ``torch.nn.Conv2d``.
         eps: added to the covariance's diagonal.
         n_iter: Newton-Schulz steps.
-        momentum: share of the batch's statistics in the running ones, in [0, 1].
+        momentum: share of the batch's statistics in the running ones, in [0, 1]. None makes these the plain average of
+            all batches, as in torch's batch norm.
         block: channels whitened together, cut down to a divisor of ``in_channels``; all of a group's if groups > 1.
         sampling_stride: the statistics take every ``sampling_stride * stride``-th patch.
-        freeze: compute statistics only in the first ``freeze_iter`` of every ``10 * freeze_iter`` training steps, and
-            use the running ones in the rest.
+        freeze: compute statistics only in the first ``freeze_iter + 1`` of every ``10 * freeze_iter`` training steps,
+            as the paper's code does, and use the running ones in the rest.
         grouping: ``"interleaved"`` (the paper's) or ``"contiguous"`` channels per covariance.
+        samples_per_feature: where ``sampling_stride`` leaves a covariance fewer than this many samples for each of its
+            features, a training step samples more, up to all patches. 0, as in the paper, never does.
         backend: see :func:`tdeconv.use_backend`.
 
     Shape:
@@ -233,6 +266,7 @@ class FastDeconv(_FastDeconvNd):
         running_mean: ``(D)`` with ``D = block * kh * kw``, or ``(groups * D)``; starts at 0.
         running_deconv: ``(D, D)``, or ``(groups, D, D)``; starts at the identity.
         num_batches_tracked: training steps seen, only with ``freeze``.
+        num_updates: ``(groups)``, batches in the running statistics, only with ``momentum=None``.
 
     Raises:
         TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
@@ -249,7 +283,7 @@ class FastDeconv3d(_FastDeconvNd):
     _rank = 3
 
 
-class Delinear(nn.Linear):
+class Delinear(_RunningStatistics, nn.Linear):
     """Fully connected layer over whitened features.
 
     The features are split into contiguous runs of ``block`` that share one mean and covariance.
@@ -265,18 +299,13 @@ class Delinear(nn.Linear):
     Buffers:
         running_mean: ``(block)``; starts at 0.
         running_deconv: ``(block, block)``; starts at the identity.
+        num_updates: ``(1)``, batches in the running statistics, only with ``momentum=None``.
 
     Raises:
         TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
 
     Source: Ye et al., *Network Deconvolution*, ICLR 2020.
     """
-
-    _version = 2
-    track_running_stats = True
-    process_group: StatisticsGroup | None = None
-    running_mean: Tensor
-    running_deconv: Tensor
 
     def __init__(
         self,
@@ -285,7 +314,7 @@ class Delinear(nn.Linear):
         bias: bool = True,
         eps: float = 1e-5,
         n_iter: int = 5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         block: int = 512,
         *,
         backend: str | None = None,
@@ -303,17 +332,6 @@ class Delinear(nn.Linear):
         self.register_buffer("running_deconv", self.weight.new_empty(self.block, self.block))
         self.reset_running_stats()
 
-    def reset_running_stats(self) -> None:
-        """Mean 0, deconvolution the identity."""
-        with torch.no_grad():
-            _reset_running(self.running_mean, self.running_deconv)
-
-    def reset_parameters(self) -> None:
-        """Initialise weight and bias as ``torch.nn.Linear`` does, and reset the running statistics."""
-        super().reset_parameters()
-        if "running_deconv" in self._buffers:
-            self.reset_running_stats()
-
     def forward(self, x: Tensor) -> Tensor:
         track = self.track_running_stats or not self.training
         return TF.delinear(
@@ -327,6 +345,7 @@ class Delinear(nn.Linear):
             n_iter=self.n_iter,
             momentum=self.momentum,
             block=self.block,
+            num_updates=self._buffers.get("num_updates"),
             backend=self.backend,
             process_group=self.process_group,
         )

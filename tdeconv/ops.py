@@ -18,6 +18,7 @@ from tdeconv import checks, corridor
 from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
 from tdeconv.precision import no_autocast, statistics_dtype
+from tdeconv.products import exact_products
 
 _MODULES = {"torch": "tdeconv.torch_backend", "triton": "tdeconv.kernels"}
 
@@ -37,6 +38,17 @@ def _no_autocast(function: Any) -> Any:
             return function(first, *args)
 
     return inner
+
+
+def _stage(function: Any) -> Any:
+    """A stage of the statistics alone, whose products nothing lowers either."""
+
+    @functools.wraps(function)
+    def inner(*args: Any) -> Any:
+        with exact_products():
+            return function(*args)
+
+    return _no_autocast(inner)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], *layout_of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -66,12 +78,12 @@ def deconvolve(
     eps: float,
     n_iter: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     still = None
     if frozen is not None and running_mean is not None and running_deconv is not None:
         still = corridor.Frozen(frozen, running_mean, running_deconv)
-    y, saved = corridor.forward(stages(backend), x, weight, bias, still, Geometry.unpack(geometry), eps, n_iter)
-    return y.contiguous(memory_format=memory_format(x, weight)), *saved
+    y, saved, news = corridor.forward(stages(backend), x, weight, bias, still, Geometry.unpack(geometry), eps, n_iter)
+    return y.contiguous(memory_format=memory_format(x, weight)), *saved, news
 
 
 @deconvolve.register_fake
@@ -85,7 +97,8 @@ def _(x, weight, bias, running_mean, running_deconv, frozen, geometry, eps, n_it
     mean, cov = _empty_moments(x, geo)
     o, c, *kernel = weight.shape
     folded = _empty(x, (o, *kernel, c)).movedim(-1, 1)
-    return y, mean, cov, folded, *stages(backend).inverse_sqrt_saved(cov, n_iter)
+    news = x.new_empty(geo.groups, dtype=torch.bool)
+    return y, mean, cov, folded, *stages(backend).inverse_sqrt_saved(cov, n_iter), news
 
 
 @torch.library.custom_op("tdeconv::deconvolve_backward", mutates_args=())
@@ -123,7 +136,7 @@ def _(grad, x, weight, mean, deconv, folded, basis, spectrum, frozen, geometry, 
 
 def _deconvolve_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, _, frozen, ctx.geometry, _, ctx.n_iter, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, *output[1:], frozen)
+    ctx.save_for_backward(x, weight, *output[1:-1], frozen)
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(*output[1:])
 
@@ -141,7 +154,7 @@ deconvolve.register_autograd(_deconvolve_backward, setup_context=_deconvolve_set
 
 
 @torch.library.custom_op("tdeconv::patch_moments", mutates_args=())
-@_no_autocast
+@_stage
 def patch_moments(x: Tensor, geometry: list[int], backend: str) -> tuple[Tensor, Tensor]:
     return stages(backend).patch_moments(x, Geometry.unpack(geometry))
 
@@ -157,7 +170,7 @@ def _(x, geometry, backend):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("tdeconv::patch_moments_backward", mutates_args=())
-@_no_autocast
+@_stage
 def patch_moments_backward(
     x: Tensor, mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, geometry: list[int], backend: str
 ) -> Tensor:
@@ -187,7 +200,7 @@ patch_moments.register_autograd(_patch_moments_backward, setup_context=_patch_mo
 
 
 @torch.library.custom_op("tdeconv::inverse_sqrt", mutates_args=())
-@_no_autocast
+@_stage
 def inverse_sqrt(cov: Tensor, n_iter: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return stages(backend).inverse_sqrt(cov, n_iter)
 
@@ -198,7 +211,7 @@ def _(cov, n_iter, backend):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("tdeconv::inverse_sqrt_backward", mutates_args=())
-@_no_autocast
+@_stage
 def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int, backend: str) -> Tensor:
     return stages(backend).inverse_sqrt_backward(grad, basis, spectrum, n_iter)
 

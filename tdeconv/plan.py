@@ -48,7 +48,6 @@ class Plan:
         whitening: the deconvolution layers, those there are and those to be.
         removed: the batch norms that go, and why.
         first: the convolutions that see the model's input, or the first one if it is computed with before.
-        pooled: the 1x1 convolutions of images of one pixel: behind a pooling over all pixels, and behind one another.
     """
 
     def __init__(self, model: nn.Module, linear: bool, excluded: set[nn.Module]) -> None:
@@ -63,11 +62,6 @@ class Plan:
         self._remove_norms()
         convs: list[Any] = [m for m in self.links if isinstance(m, _ConvNd)]  # in the order of calls
         self.first = {m for m in convs if self._ends(m, "sources") == [INPUT]} or set(convs[:1])
-        self.pooled: set[nn.Module] = set()
-        for conv in convs:
-            behind = self.links[conv].sources and self.pooled.issuperset(self._ends(conv, "sources"))
-            if set(conv.kernel_size) == {1} and (behind or self.links[conv].pooled):
-                self.pooled.add(conv)
 
     def _remove_norms(self) -> None:
         """Each batch norm that goes brings what it fed closer to the layer that fed it."""
@@ -152,7 +146,7 @@ class Plan:
         """What kind of layer is converted."""
         calls = self.links[module].calls
         kind = "linear" if isinstance(module, nn.Linear) else kind_of(module)
-        kind = f"first {kind}" if module in self.first else f"{kind} of one pixel" if module in self.pooled else kind
+        kind = f"first {kind}" if module in self.first else kind
         return f"{kind}, one set of statistics for its {calls} calls" if calls > 1 else kind
 
 

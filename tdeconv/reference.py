@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from tdeconv.geometry import Geometry
 from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
+from tdeconv.products import product
+from tdeconv.running import varied
 
 
 def im2col(x: Tensor, geo: Geometry) -> Tensor:
@@ -69,7 +71,7 @@ def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     vectors = to_vectors(im2col(x.to(statistics_dtype(x.dtype)), geo), geo)
     mean = vectors.mean(1)
     centred = vectors - mean.unsqueeze(1)
-    return mean, centred.transpose(1, 2) @ centred / vectors.shape[1]
+    return mean, product(centred.mT, centred) / vectors.shape[1]
 
 
 def inverse_sqrt(cov: Tensor, n_iter: int) -> Tensor:
@@ -78,8 +80,8 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> Tensor:
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     y, z = cov / norm, eye
     for _ in range(n_iter):
-        t = (3 * eye - z @ y) / 2
-        y, z = y @ t, t @ z
+        t = (3 * eye - product(z, y)) / 2
+        y, z = product(y, t), product(t, z)
     return z / norm.sqrt()
 
 
@@ -91,7 +93,7 @@ class _ConvergedInverseSqrt(torch.autograd.Function):
     @staticmethod
     def forward(cov: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(cov)
-        return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+        return product(vectors * values.rsqrt().unsqueeze(-2), vectors.mT)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -102,8 +104,8 @@ class _ConvergedInverseSqrt(torch.autograd.Function):
         values, vectors = torch.linalg.eigh(ctx.saved_tensors[0])
         roots = values.sqrt()
         ri, rj = roots.unsqueeze(-1), roots.unsqueeze(-2)
-        inner = vectors.mT @ (grad + grad.mT) @ vectors / (-2 * ri * rj * (ri + rj))
-        return vectors @ inner @ vectors.mT
+        inner = product(product(vectors.mT, grad + grad.mT), vectors) / (-2 * ri * rj * (ri + rj))
+        return product(product(vectors, inner), vectors.mT)
 
 
 def converged_inverse_sqrt(cov: Tensor) -> Tensor:
@@ -113,8 +115,8 @@ def converged_inverse_sqrt(cov: Tensor) -> Tensor:
 
 def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     """``W'_g = W_g S`` and ``b' = b - sum_g W'_g mu``, in the statistics' dtype."""
-    folded = weight_vectors(weight.to(deconv.dtype), geo) @ deconv
-    shift = (folded @ mean.unsqueeze(-1)).reshape(weight.shape[0], -1).sum(1)
+    folded = product(weight_vectors(weight.to(deconv.dtype), geo), deconv)
+    shift = product(folded, mean.unsqueeze(-1)).reshape(weight.shape[0], -1).sum(1)
     return (
         weight_from_vectors(folded, geo, weight.shape),
         -shift if bias is None else bias.to(deconv.dtype) - shift,
@@ -138,16 +140,19 @@ def deconvolve(
     eps: float,
     n_iter: int,
     frozen: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer in training: ``(y, mean (b, D), deconv (b, D, D))``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The layer in training: ``(y, mean (b, D), deconv (b, D, D), news (b))``.
 
-    ``frozen`` is a 0-d bool tensor, a mean and a root: where it is true, those are the statistics.
+    ``news`` says which running statistics these are to be counted in. ``frozen`` is a 0-d bool tensor, a mean and a
+    root: where it is true, those are the statistics, and no news.
     """
     mean, cov = patch_moments(x, geo)
+    news = varied(mean, cov)
     eye = torch.eye(geo.features, dtype=cov.dtype, device=cov.device)
     deconv = inverse_sqrt(cov + eps * eye, n_iter)
     if frozen is not None:
         flag, old_mean, old_deconv = frozen
         mean = torch.where(flag, old_mean.to(mean.dtype).reshape(mean.shape), mean)
         deconv = torch.where(flag, old_deconv.to(deconv.dtype).reshape(deconv.shape), deconv)
-    return convolve(x, *fold(weight, bias, mean, deconv, geo), geo), mean, deconv
+        news = news & ~flag
+    return convolve(x, *fold(weight, bias, mean, deconv, geo), geo), mean, deconv, news

@@ -243,7 +243,7 @@ def test_dtypes_refused(dtype):
 
 
 def test_devices_mixed():
-    with pytest.raises(ValueError, match="running_deconv is on meta but the input is on cpu"):
+    with pytest.raises(ValueError, match="running_mean1 is on meta but the input is on cpu"):
         ChannelDeconv(2, device="meta")(torch.zeros(2, 4))
 
 

@@ -463,15 +463,16 @@ def test_statistics_are_computed_in_the_first_of_every_ten_rounds(freeze_iter, b
         changed = [not torch.equal(a, b) for a, b in zip(before, now, strict=True)]
         assert changed[0] == changed[1]
         moved.append(changed[0])
-    assert moved == [step % (10 * freeze_iter) < freeze_iter for step in range(22 * freeze_iter)]
+    assert moved == [step % (10 * freeze_iter) <= freeze_iter for step in range(22 * freeze_iter)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_frozen_step_is_an_evaluation(backend):
     """No moments and no root, and no gradient through them."""
     layer = make("freezing", backend)
-    layer(inputs("freezing"))
-    assert layer.num_batches_tracked == 1
+    for _ in range(2):
+        layer(inputs("freezing"))
+    assert layer.num_batches_tracked == 2
     frozen = train_step(layer, inputs("freezing", seed=1))
     assert_close(frozen, train_step(layer.eval(), inputs("freezing", seed=1)), 1e-13)
 
@@ -509,7 +510,8 @@ def test_the_freeze_counter_counts_training_steps_only():
 def test_untracked_freezing_layer_leaves_its_statistics(backend):
     layer = FastDeconv(2, 3, 2, freeze=True, freeze_iter=1, sampling_stride=1, backend=backend)
     x = randn(3, 2, 5, 5, dtype=torch.float32)
-    layer(x)
+    for _ in range(2):
+        layer(x)
     layer.track_running_stats = False
     before = copy.deepcopy(layer.state_dict())
     layer(x)

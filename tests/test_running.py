@@ -9,7 +9,7 @@ import torch
 
 from helpers import assert_close, randn
 from tdeconv import running
-from tdeconv.running import update_
+from tdeconv.running import average_share, update_, varied
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 
@@ -49,11 +49,53 @@ def test_half_precision_buffers_are_updated_in_the_values_dtype():
     assert r.item() == torch.tensor(1.008).bfloat16().item()
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_the_first_value_replaces(first):
-    r, n = torch.zeros(3), torch.ones(3)
-    update_((r,), (n,), 0.25, torch.tensor(first))
-    assert torch.equal(r, torch.full((3,), 1.0 if first else 0.25))
+@pytest.mark.parametrize("momentum", [torch.tensor([0.0, 0.25, 1.0]), torch.tensor(0.5)])
+def test_momentum_may_be_a_tensor(momentum):
+    """One for each covariance, or one for all."""
+    r, n = torch.zeros(6), torch.ones(3, 2)
+    update_((r,), (n,), momentum)
+    assert torch.equal(r, momentum.view(-1, 1).expand(3, 2).flatten())
+
+
+def test_only_news_is_counted():
+    r, n = [torch.zeros(6), torch.zeros(3, 2, 2)], [torch.ones(3, 2), torch.ones(3, 2, 2)]
+    made = update_(r, n, 0.5, torch.tensor([True, False, True]))
+    assert made.tolist() == [True, False, True]
+    assert r[0].tolist() == [0.5, 0.5, 0, 0, 0.5, 0.5]
+    assert [m.unique().tolist() for m in r[1]] == [[0.5], [0], [0.5]]
+
+
+def test_a_bad_value_that_is_no_news_is_no_harm():
+    r, n = torch.zeros(2), torch.tensor([[1.0], [float("nan")]])
+    assert update_((r,), (n,), 0.5, torch.tensor([True, False])).tolist() == [True, False]
+    assert r.tolist() == [0.5, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 1000, 100_003])
+@pytest.mark.parametrize("value", [0.0, 0.3, -1e-20, 1e20, 1e4])
+def test_equal_samples_do_not_vary(dtype, count, value):
+    """Whatever their mean's rounding."""
+    samples = torch.full((count, 3), value, dtype=dtype)
+    mean = samples.mean(0)
+    centred = samples - mean
+    cov = centred.T @ centred / count
+    assert varied(mean[None], cov[None]).tolist() == [False]
+
+
+def test_samples_that_differ_vary():
+    """Also by little, by much more than the mean's rounding; and what is not finite is for the update to refuse."""
+    mean = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [float("nan"), 0.0], [1e30, 0.0]])
+    cov = torch.zeros(5, 2, 2)
+    cov[:, 0, 0] = torch.tensor([1e-9, 1e-30, 0.0, float("nan"), float("inf")])
+    assert varied(mean, cov).tolist() == [True, True, False, True, True]
+
+
+def test_a_plain_average_is_one():
+    r, values = torch.zeros(2, dtype=torch.float64), randn(9, 2)
+    for i, value in enumerate(values):
+        update_((r,), (value,), average_share(torch.tensor(i), torch.float64))
+    assert_close(r, values.mean(0), 1e-15)
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -247,10 +247,10 @@ REFUSED = {
     "momentum_above": (lambda: FastDeconv(3, 4, 3, momentum=1.1), ValueError, r"momentum must be in \[0, 1\], got 1.1"),
     "momentum_below": (lambda: Delinear(3, 4, momentum=-0.1), ValueError, r"momentum must be in \[0, 1\], got -0.1"),
     "momentum_nan": (lambda: conv(momentum=float("nan")), ValueError, r"momentum must be in \[0, 1\], got nan"),
-    "momentum_none": (
-        lambda: ChannelDeconv(2, momentum=None),
+    "momentum_text": (
+        lambda: ChannelDeconv(2, momentum="0.1"),
         TypeError,
-        r"momentum must be a number in \[0, 1\], got None",
+        r"momentum must be a number in \[0, 1\], got '0.1'",
     ),
     "sampling_zero": (
         lambda: FastDeconv(3, 4, 3, sampling_stride=0),

@@ -447,6 +447,53 @@ def test_copies_are_the_same_layer(name, how):
         assert a is b is None or torch.equal(a, b)
 
 
+# ---------------------------------------------------------------------------------------- initialisation without memory
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("name", ["freezing", "freezing_grouped", "padding_pair", "linear", "depthwise"])
+def test_a_layer_made_on_meta_is_the_checkpoints(name, missing):
+    """Its counter, which a checkpoint of the paper's code lacks, is 0 on the weight's device. Left on meta it would
+    send the whole operator to its stand-in, and the output would be memory that nobody wrote."""
+    layer = make(name)
+    train_step(layer, inputs(name))
+    state = copy.deepcopy(layer.state_dict())
+    if missing:
+        state.pop("num_batches_tracked", None)
+    with torch.device("meta"):
+        other = make(name)
+    other.load_state_dict(state, assign=True)
+    assert not any(t.is_meta for t in other.state_dict().values())
+    if missing and getattr(layer, "freeze", False):
+        assert other.num_batches_tracked == 0
+        layer.num_batches_tracked.zero_()
+    for a, b in zip(history(layer, name, torch.float64), history(other, name, torch.float64), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["freezing", "linear"])
+def test_memory_that_nobody_wrote_is_no_count(name):
+    """``to_empty`` leaves a counter of any value; a checkpoint that has none makes it 0."""
+    layer = make(name)
+    layer.momentum = None
+    state = {k: v for k, v in layer.state_dict().items() if not k.startswith("num_")}
+    for counts in layer._counts().values():
+        counts.fill_(94823748923)
+    layer.load_state_dict(state)
+    assert all(int(c.sum()) == 0 for c in layer._counts().values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_argument_may_lie_elsewhere(backend):
+    layer = make("freezing", backend)
+    for name in ("num_batches_tracked", "running_mean", "running_deconv"):
+        other = copy.deepcopy(layer)
+        setattr(other, name, getattr(layer, name).to("meta"))
+        what = "frozen" if name == "num_batches_tracked" else name
+        with pytest.raises(ValueError, match=f"{what} is on meta but the input is on cpu"):
+            other(inputs("freezing"))
+
+
 # ------------------------------------------------------------------------------------------------------------ freezing
 
 

@@ -197,19 +197,6 @@ def test_first_convolution_left_makes_no_other_one_first() -> None:
     assert not model[2].freeze
 
 
-def test_convolutions_of_one_pixel_sample_every_image() -> None:
-    """Squeeze and excitation: with every ninth sample, a batch of eight images has one."""
-
-    def how(m: Net, x: Tensor) -> Tensor:
-        y = m.c(x)
-        return m.after(y * m.up(F.relu(m.down(m.pool(y)))).sigmoid())
-
-    layers = {"c": conv(), "down": conv(4, 2, 1), "up": conv(2, 4, 1), "after": conv(4, 4, 1)}
-    model = Net(how, pool=nn.AdaptiveAvgPool2d(1), **layers)
-    convert_deconv(model)
-    assert {name: getattr(model, name).sampling_stride for name in layers} == {"c": 3, "down": 1, "up": 1, "after": 3}
-
-
 def test_weight_that_other_code_uses_stays() -> None:
     def how(m: Net, x: Tensor) -> Tensor:
         scaled = F.conv2d(x, m.c.weight * 2, padding=1)

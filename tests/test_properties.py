@@ -66,7 +66,7 @@ def test_backends_agree_on_any_layer(fast, case, n_iter, seed):
 def test_reference_is_the_method_on_any_layer(case, n_iter):
     x, weight, bias = case.tensors(torch.float64)
     assume(case.geo.features * x.numel() < 10_000)
-    actual = reference.deconvolve(x, weight, bias, case.geo, 1e-2, n_iter)
+    actual = reference.deconvolve(x, weight, bias, case.geo, 1e-2, n_iter)[:3]
     assert_close(actual, loop_layer(x, weight, bias, case.geo, 1e-2, n_iter), 1e-10)
 
 

@@ -16,6 +16,7 @@ from tdeconv import checks
 from tdeconv import functional as TF
 from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
+from tdeconv.tracing import Layer
 
 
 def _reset_running(mean: Tensor, deconv: Tensor) -> None:
@@ -23,7 +24,7 @@ def _reset_running(mean: Tensor, deconv: Tensor) -> None:
     deconv.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
 
 
-class _FastDeconvNd(_ConvNd):
+class _FastDeconvNd(Layer, _ConvNd):
     """What the convolution layers of every rank share; ``_rank`` is the number of spatial axes."""
 
     _rank: int
@@ -58,10 +59,11 @@ class _FastDeconvNd(_ConvNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        checks.options(eps, n_iter, momentum, block, sampling_stride)
-        checks.positive_int("freeze_iter", freeze_iter)
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-            checks.positive_int(name, value)
+        eps, n_iter, momentum, block, sampling_stride = checks.options(eps, n_iter, momentum, block, sampling_stride)
+        freeze_iter = checks.positive_int("freeze_iter", freeze_iter)
+        in_channels = checks.positive_int("in_channels", in_channels)
+        out_channels = checks.positive_int("out_channels", out_channels)
+        groups = checks.positive_int("groups", groups)
         checks.divides("groups", groups, "in_channels", in_channels)
         checks.divides("groups", groups, "out_channels", out_channels)
         rank = self._rank
@@ -114,7 +116,7 @@ class _FastDeconvNd(_ConvNd):
         """Whether this training step of a freezing layer uses the running statistics. On the device, unread."""
         return self.num_batches_tracked % (10 * self.freeze_iter) >= self.freeze_iter if self.freeze else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         checks.float_tensor("input", x)
         if x.ndim not in (self._rank + 1, self._rank + 2):
             raise ValueError(
@@ -123,8 +125,9 @@ class _FastDeconvNd(_ConvNd):
             )
         checks.channels(x, self.in_channels, axis=-1 - self._rank)
         x, padding = self._pad(x)
-        counts = x.shape[0] > 0 or self.process_group is not None  # an empty rank of a group keeps in step
-        frozen = self._frozen() if self.training and counts else None
+        # an empty rank of a group keeps in step
+        counts = self.training and (x.shape[0] > 0 or self.process_group is not None)
+        frozen = self._frozen() if counts else None
         mean: Tensor | None = self.running_mean
         deconv: Tensor | None = self.running_deconv
         if self.training and not self.track_running_stats:  # a freezing layer reads them still
@@ -249,7 +252,7 @@ class FastDeconv3d(_FastDeconvNd):
     _rank = 3
 
 
-class Delinear(nn.Linear):
+class Delinear(Layer, nn.Linear):
     """Fully connected layer over whitened features.
 
     The features are split into contiguous runs of ``block`` that share one mean and covariance.
@@ -292,9 +295,9 @@ class Delinear(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        checks.options(eps, n_iter, momentum, block)
-        checks.positive_int("in_features", in_features)
-        checks.positive_int("out_features", out_features)
+        eps, n_iter, momentum, block, _ = checks.options(eps, n_iter, momentum, block)
+        in_features = checks.positive_int("in_features", in_features)
+        out_features = checks.positive_int("out_features", out_features)
         super().__init__(in_features, out_features, bias, device, checks.float_dtype(dtype))
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
         self.block = resolve_block(block, in_features)
@@ -314,7 +317,7 @@ class Delinear(nn.Linear):
         if "running_deconv" in self._buffers:
             self.reset_running_stats()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         track = self.track_running_stats or not self.training
         return TF.delinear(
             x,

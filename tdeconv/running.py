@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tdeconv.tracing import has_value
+
 
 @functools.cache
 def _warn_once() -> None:
@@ -38,7 +40,7 @@ def update_(running: Sequence[Tensor], new: Sequence[Tensor], momentum: float, f
         value = torch.lerp(r.to(n.dtype), n, momentum)
         updated.append((value if first is None else torch.where(first, n, value)).to(r.dtype))
     finite = torch.stack([all_finite(u) for u in updated]).all()
-    asked = finite.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere, asking would wait
+    asked = finite.device.type == "cpu" and has_value(finite)  # on a GPU, asking would wait
     if asked and not finite:
         _warn_once()
         return finite

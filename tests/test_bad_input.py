@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -346,6 +347,34 @@ REFUSED = {
         lambda: FastDeconv(3, 4, 3, stride=True),
         TypeError,
         "stride must be an int or a tuple of 2 ints, got True",
+    ),
+    # NumPy's numbers are taken, its booleans and a tensor's are not
+    "numpy_bool": (
+        lambda: FastDeconv(np.True_, 4, 3),
+        TypeError,
+        r"in_channels must be a positive int, got True \(bool\)",
+    ),
+    "numpy_bools": (
+        lambda: FastDeconv(3, 4, 3, stride=np.array([True, True])),
+        TypeError,
+        "stride must be an int or a tuple of 2 ints, got",
+    ),
+    "numpy_float": (
+        lambda: Delinear(3, np.float64(2.5)),
+        TypeError,
+        "out_features must be a positive int, got .*2.5",
+    ),
+    "numpy_array": (lambda: conv(n_iter=np.array([5])), TypeError, r"n_iter must be a positive int, got \[5\]"),
+    "numpy_out_of_range": (lambda: ChannelDeconv(np.int64(0)), ValueError, "block must be at least 1, got 0"),
+    "tensor_number": (
+        lambda: Delinear(3, 4, eps=torch.tensor(1e-5)),
+        TypeError,
+        "eps must be a positive number, got tensor",
+    ),
+    "kernel_too_long": (
+        lambda: FastDeconv3d(3, 4, (3, 3)),
+        ValueError,
+        r"kernel_size must have 3 ints, one per spatial axis, got \(3, 3\)",
     ),
     # nothing to take statistics of
     "moments_of_nothing": (

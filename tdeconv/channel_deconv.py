@@ -9,15 +9,15 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdeconv import checks, distributed, running, transforms
+from tdeconv import checks, distributed, running, tracing, transforms
 from tdeconv.functional import inverse_sqrt
 from tdeconv.precision import no_autocast, statistics_dtype
 from tdeconv.products import product
 
 
-class ChannelDeconv(nn.Module):
+class ChannelDeconv(tracing.Layer):
     """Whiten an activation's channels.
 
     The first ``c = floor(C / block) * block`` channels are one ``(block, -1)`` matrix (channel ``ch`` is feature
@@ -67,7 +67,7 @@ class ChannelDeconv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.options(eps, n_iter, momentum, block, sampling_stride)
+        eps, n_iter, momentum, block, sampling_stride = checks.options(eps, n_iter, momentum, block, sampling_stride)
         self.block, self.eps, self.n_iter, self.momentum = block, eps, n_iter, momentum
         self.sampling_stride = sampling_stride
         self.backend = checks.backend(backend)
@@ -153,24 +153,24 @@ class ChannelDeconv(nn.Module):
         # channel f*G + g is feature f of group g: with the pixels behind them, one (block, G*H*W) matrix per image
         blocks = x[:, :c].reshape(x.shape[0], self.block, c // self.block * math.prod(x.shape[2:])).to(work)
         y = (root @ (blocks - mean1)).reshape(x.shape[0], c, *x.shape[2:])
-        if c < x.shape[1]:
+        if c < tracing.sizes(x)[1]:
             rest = (x[:, c:].to(work) - mean2) / (var + self.eps).sqrt()
             y = torch.cat([y, rest], dim=1)
         return y.to(x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        checks.not_onnx(self.training)
+    def _forward(self, x: Tensor) -> Tensor:
         checks.float_tensor("input", x)
         if x.ndim not in (2, 4):
             raise ValueError(f"ChannelDeconv expects an input (N, C, H, W) or (N, C), got shape {tuple(x.shape)}")
-        if x.shape[1] < self.block:
+        channels = tracing.sizes(x)[1]
+        if channels < self.block:
             raise ValueError(
-                f"ChannelDeconv with block={self.block} needs at least that many channels, got {x.shape[1]} (shape "
+                f"ChannelDeconv with block={self.block} needs at least that many channels, got {channels} (shape "
                 f"{tuple(x.shape)}); set block smaller"
             )
         checks.same_home(x, **dict(self.named_buffers()))
         image = x if x.ndim == 4 else x[:, :, None, None]
-        c = x.shape[1] // self.block * self.block
+        c = channels // self.block * self.block
         group = distributed.active(self.process_group) if self.training else None
         with no_autocast(x.device.type):
             if self.training and (x.numel() > 0 or group is not None):
@@ -178,7 +178,7 @@ class ChannelDeconv(nn.Module):
                 statistics, news = self._statistics(image, c, group)
                 self._update(statistics, news)
             else:
-                work, keep = statistics_dtype(x.dtype), torch.is_grad_enabled()
+                work, keep = statistics_dtype(x.dtype), torch.is_grad_enabled() or torch.jit.is_tracing()
                 statistics = [(b.clone() if keep else b).to(work) for b in self._buffers_averaged()]
             return self._apply_statistics(image, c, *statistics).reshape(x.shape)
 

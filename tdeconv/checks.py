@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from tdeconv.geometry import GROUPINGS, Geometry
+from tdeconv.tracing import sizes
 
 BACKENDS = ("triton", "torch", "reference")
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays in Python's own numbers and lists, which layers keep; anything else as it is."""
+    if isinstance(value, (int, float, tuple, list, torch.SymInt, Tensor)) or not hasattr(value, "tolist"):
+        return value
+    return value.tolist()
+
+
 def positive_int(name: str, value: Any, least: int = 1) -> int:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
     if value < least:
@@ -23,6 +32,7 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
 
 
 def positive_number(name: str, value: Any) -> float:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a positive number, got {value!r} ({type(value).__name__})")
     if not 0 < value < math.inf:
@@ -31,6 +41,7 @@ def positive_number(name: str, value: Any) -> float:
 
 
 def fraction(name: str, value: Any) -> float:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__})")
     if not 0 <= value <= 1:
@@ -45,12 +56,13 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def int_tuple(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
-    """An int, or one int per spatial axis, as a tuple of ``rank`` ints, each at least ``minimum``."""
-    values = (value,) * rank if isinstance(value, (int, torch.SymInt)) else value
-    if not isinstance(values, (tuple, list, torch.Size)) or not all(
-        isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values
-    ):
+    """An int, one alone or one per spatial axis, as a tuple of ``rank`` ints, each at least ``minimum``."""
+    value = _plain(value)
+    values = [_plain(v) for v in value] if isinstance(value, (tuple, list)) else [value]
+    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be an int or a tuple of {rank} ints, got {value!r}")
+    if len(values) == 1:
+        values *= rank
     if len(values) != rank:
         raise ValueError(f"{name} must have {rank} ints, one per spatial axis, got {tuple(values)}")
     if any(v < minimum for v in values):
@@ -78,16 +90,16 @@ def grouping(value: Any) -> str:
 
 
 def options(
-    eps: Any, n_iter: Any, momentum: Any, block: Any, sampling_stride: Any = 1, samples_per_feature: Any = 0
-) -> None:
-    """The options that all layers and whole-layer functions share. A momentum of None asks for a plain average."""
-    positive_number("eps", eps)
-    positive_int("n_iter", n_iter)
-    if momentum is not None:
-        fraction("momentum", momentum)
-    positive_int("block", block)
-    positive_int("sampling_stride", sampling_stride)
-    positive_int("samples_per_feature", samples_per_feature, least=0)
+    eps: Any, n_iter: Any, momentum: Any, block: Any, sampling_stride: Any = 1
+) -> tuple[float, int, float | None, int, int]:
+    """The options that all layers and whole-layer functions share, in Python's own numbers; a momentum may be None."""
+    return (
+        positive_number("eps", eps),
+        positive_int("n_iter", n_iter),
+        None if momentum is None else fraction("momentum", momentum),
+        positive_int("block", block),
+        positive_int("sampling_stride", sampling_stride),
+    )
 
 
 def same_home(x: Tensor, **others: Tensor | None) -> None:
@@ -107,7 +119,7 @@ def same_dtype(x: Tensor, **others: Tensor | None) -> None:
 
 
 def channels(x: Tensor, expected: int, axis: int = 1) -> None:
-    if x.shape[axis] != expected:
+    if sizes(x)[axis] != expected:
         raise ValueError(
             f"expected an input with {expected} channels along axis {axis}, got {x.shape[axis]} "
             f"(shape {tuple(x.shape)})"
@@ -115,7 +127,7 @@ def channels(x: Tensor, expected: int, axis: int = 1) -> None:
 
 
 def kernel_fits(x: Tensor, geo: Geometry) -> None:
-    for axis, (n, p, w) in enumerate(zip(x.shape[2:], geo.padding, geo.window, strict=True)):
+    for axis, (n, p, w) in enumerate(zip(sizes(x)[2:], geo.padding, geo.window, strict=True)):
         if n + 2 * p < w:
             raise ValueError(
                 f"the kernel (extent {w} with dilation) is larger than the padded input (size {n} + 2*{p}) along "
@@ -124,24 +136,25 @@ def kernel_fits(x: Tensor, geo: Geometry) -> None:
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(value.shape) != expected:
+    if sizes(value) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
 
 
-def weight_of(weight: Any, x: Tensor, bias: Tensor | None, groups: int) -> None:
-    """A convolution's weight ``(O, C/groups, *kernel)`` and bias ``(O)`` against its input."""
+def weight_of(weight: Any, x: Tensor, bias: Tensor | None, groups: Any) -> int:
+    """A convolution's weight ``(O, C/groups, *kernel)`` and bias ``(O)`` against its input; the groups as an int."""
     float_tensor("weight", weight)
-    positive_int("groups", groups)
-    divides("groups", groups, "the input's channels", x.shape[1])
-    divides("groups", groups, "the output channels", weight.shape[0])
-    if weight.shape[1] * groups != x.shape[1]:
+    groups, channels, (out, per_group, *_) = positive_int("groups", groups), sizes(x)[1], sizes(weight)
+    divides("groups", groups, "the input's channels", channels)
+    divides("groups", groups, "the output channels", out)
+    if per_group * groups != channels:
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} with groups={groups} needs an input with "
-            f"{weight.shape[1] * groups} channels, got {x.shape[1]} (shape {tuple(x.shape)})"
+            f"{per_group * groups} channels, got {channels} (shape {tuple(x.shape)})"
         )
     if bias is not None:
         float_tensor("bias", bias)
-        shape("bias", bias, (weight.shape[0],))
+        shape("bias", bias, (out,))
+    return groups
 
 
 def running(mean: Tensor | None, deconv: Tensor | None, geo: Geometry, training: bool) -> None:
@@ -180,13 +193,3 @@ def float_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 def backend(name: Any) -> str | None:
     """A layer's ``backend`` argument: None, or a name that exists (whether it can run is decided at the call)."""
     return None if name is None else one_of("backend", name, ("auto", *BACKENDS))
-
-
-def not_onnx(training: bool) -> None:
-    """ONNX has no training step: say what to export instead of failing on an operator it does not know."""
-    tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if training and tracing and torch.onnx.is_in_onnx_export():
-        raise RuntimeError(
-            "a deconvolution layer in training mode cannot be exported to ONNX; export "
-            "tdeconv.fuse_deconv_eval(model.eval()), which has plain convolutions only"
-        )

@@ -79,7 +79,8 @@ class _Options:
     backend: str | None
 
     def check(self) -> None:
-        checks.options(1e-5, self.n_iter, 0.1, self.block, self.sampling_stride, self.samples_per_feature)
+        checks.options(1e-5, self.n_iter, 0.1, self.block, self.sampling_stride)
+        checks.positive_int("samples_per_feature", self.samples_per_feature, least=0)
         checks.positive_int("first_n_iter", self.first_n_iter)
         checks.positive_int("block_fc", self.block_fc)
         checks.backend(self.backend)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 from torch.nn import functional as F
 
-from tdeconv import ops, reference
+from tdeconv import ops, reference, transforms
 from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
 from tdeconv.products import product
@@ -161,6 +161,7 @@ _PUBLIC = find_spec("torch.distributed.functional_collectives") is not None  # i
 
 def _all_reduce(x: Tensor, group: StatisticsGroup) -> Tensor:
     """Sum over the ranks: a new tensor; differentiable, traced by torch.compile."""
+    transforms.no_collective()
     # loaded on first use: tdeconv itself shall cost little to import
     if _PUBLIC:
         from torch.distributed import functional_collectives as collectives  # type: ignore[attr-defined]  # noqa: PLC0415, I001

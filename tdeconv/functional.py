@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdeconv import checks, distributed, ops, reference, running, transforms
+from tdeconv import checks, distributed, ops, reference, running, tracing, transforms
 from tdeconv.backends import choose
 from tdeconv.geometry import Geometry, resolve_block
 from tdeconv.precision import compute_dtype, no_autocast, statistics_dtype
+from tdeconv.tracing import sizes
 
 METHODS = ("newton_schulz", "eigh")
 
 
+@tracing.one_operation
 def patch_moments(
     x: Tensor,
     kernel_size: int | tuple[int, ...],
@@ -56,11 +58,12 @@ def patch_moments(
     checks.float_tensor("x", x)
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"x must have shape (N, C, *spatial) with 1 to 3 spatial axes, got {tuple(x.shape)}")
-    if x.numel() == 0:
+    if 0 in sizes(x):
         raise ValueError(f"x must hold at least one patch, got an empty tensor of shape {tuple(x.shape)}")
-    checks.positive_int("groups", groups)
-    checks.divides("groups", groups, "the input's channels", x.shape[1])
-    block = x.shape[1] if block is None else checks.positive_int("block", block)
+    groups = checks.positive_int("groups", groups)
+    channels = sizes(x)[1]
+    checks.divides("groups", groups, "the input's channels", channels)
+    block = channels if block is None else checks.positive_int("block", block)
     geo = convolution_geometry(x, kernel_size, stride, padding, dilation, groups, block, grouping, 1)
     with no_autocast(x.device.type):
         name = transforms.backend_for(choose(backend, x.device))
@@ -68,6 +71,7 @@ def patch_moments(
     return mean.flatten(), cov if groups > 1 else cov.squeeze(0)
 
 
+@tracing.one_operation
 def inverse_sqrt(cov: Tensor, n_iter: int = 5, *, method: str = "newton_schulz", backend: str | None = None) -> Tensor:
     """Inverse square root of covariance matrices: the second stage.
 
@@ -86,11 +90,11 @@ def inverse_sqrt(cov: Tensor, n_iter: int = 5, *, method: str = "newton_schulz",
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
     checks.float_tensor("cov", cov)
-    if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]:
+    if cov.ndim < 2 or sizes(cov)[-1] != sizes(cov)[-2]:
         raise ValueError(f"cov must have shape (..., D, D), got {tuple(cov.shape)}")
-    checks.positive_int("n_iter", n_iter)
+    n_iter = checks.positive_int("n_iter", n_iter)
     checks.one_of("method", method, METHODS)
-    if cov.numel() == 0:
+    if 0 in sizes(cov):
         return cov.clone()
     with no_autocast(cov.device.type):
         batch = cov.to(statistics_dtype(cov.dtype)).reshape(-1, *cov.shape[-2:])
@@ -104,6 +108,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int = 5, *, method: str = "newton_schulz",
     return root.reshape(cov.shape).to(cov.dtype)
 
 
+@tracing.one_operation
 def fold_deconv(
     weight: Tensor,
     bias: Tensor | None,
@@ -136,27 +141,29 @@ def fold_deconv(
         checks.float_tensor(name, value)
     if weight.ndim < 2:
         raise ValueError(f"weight must have shape (O, C/groups, *kernel), got {tuple(weight.shape)}")
-    checks.positive_int("groups", groups)
-    checks.divides("groups", groups, "the output channels", weight.shape[0])
+    groups = checks.positive_int("groups", groups)
+    out, channels, *kernel = sizes(weight)
+    checks.divides("groups", groups, "the output channels", out)
     checks.grouping(grouping)
     checks.same_home(weight, bias=bias, mean=mean, deconv=deconv)
     if bias is not None:
-        checks.shape("bias", checks.float_tensor("bias", bias), (weight.shape[0],))
-    kernel = tuple(weight.shape[2:])
+        checks.shape("bias", checks.float_tensor("bias", bias), (out,))
     ones = (1,) * len(kernel)
-    geo = Geometry(weight.shape[1] * groups, kernel, ones, ones, ones, groups, 1, grouping)
-    if deconv.ndim < 2 or deconv.shape[-1] % geo.taps or (weight.shape[1] * geo.taps) % deconv.shape[-1]:
+    geo = Geometry(channels * groups, tuple(kernel), ones, ones, ones, groups, 1, grouping)
+    d = sizes(deconv)[-1] if deconv.ndim >= 2 else 0
+    if d == 0 or d % geo.taps or (channels * geo.taps) % d:
         raise ValueError(
             f"deconv must have shape (D, D) with D a multiple of the {geo.taps} kernel positions that divides the "
-            f"{weight.shape[1] * geo.taps} columns of weight, got {tuple(deconv.shape)}"
+            f"{channels * geo.taps} columns of weight, got {tuple(deconv.shape)}"
         )
-    geo = Geometry(geo.channels, kernel, ones, ones, ones, groups, deconv.shape[-1] // geo.taps, grouping)
+    geo = Geometry(geo.channels, tuple(kernel), ones, ones, ones, groups, d // geo.taps, grouping)
     checks.running(mean, deconv, geo, training=False)
     with no_autocast(weight.device.type):
         folded, shift = _fold(weight, bias, mean, deconv, geo)
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
+@tracing.one_operation
 def fast_deconv(
     x: Tensor,
     weight: Tensor,
@@ -227,10 +234,11 @@ def fast_deconv(
             f"of shape {tuple(weight.shape)}; got shape {tuple(x.shape)}"
         )
     batch = x if x.ndim == rank + 2 else x.unsqueeze(0)
-    checks.weight_of(weight, batch, bias, groups)
-    checks.options(eps, n_iter, momentum, block, sampling_stride, samples_per_feature)
+    groups = checks.weight_of(weight, batch, bias, groups)
+    eps, n_iter, momentum, block, sampling_stride = checks.options(eps, n_iter, momentum, block, sampling_stride)
+    samples_per_feature = checks.positive_int("samples_per_feature", samples_per_feature, least=0)
     geo = convolution_geometry(
-        batch, tuple(weight.shape[2:]), stride, padding, dilation, groups, block, grouping, sampling_stride
+        batch, sizes(weight)[2:], stride, padding, dilation, groups, block, grouping, sampling_stride
     )
     if training:
         geo = sampled(geo, batch, samples_per_feature, process_group)
@@ -253,6 +261,7 @@ def fast_deconv(
     return y if batch is x else y.squeeze(0)
 
 
+@tracing.one_operation
 def delinear(
     x: Tensor,
     weight: Tensor,
@@ -289,12 +298,13 @@ def delinear(
     checks.float_tensor("x", x)
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (O, C), got {tuple(weight.shape)}")
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"expected an input of shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
-    checks.options(eps, n_iter, momentum, block)
-    rows = x.reshape(-1, x.shape[-1])
+    features = sizes(weight)[1]
+    if sizes(x)[-1:] != (features,):
+        raise ValueError(f"expected an input of shape (..., {features}), got {tuple(x.shape)}")
+    eps, n_iter, momentum, block, _ = checks.options(eps, n_iter, momentum, block)
+    rows = x.reshape(-1, features)
     checks.weight_of(weight, rows, bias, 1)
-    geo = linear_geometry(x.shape[-1], block)
+    geo = linear_geometry(features, block)
     y = _layer(
         rows,
         weight,
@@ -329,15 +339,15 @@ def convolution_geometry(
     grouping: str,
     sampling_stride: int,
 ) -> Geometry:
-    rank = x.ndim - 2
+    rank, channels = x.ndim - 2, sizes(x)[1]
     geo = Geometry(
-        x.shape[1],
+        channels,
         checks.int_tuple("kernel_size", kernel_size, rank, 1),
         checks.int_tuple("stride", stride, rank, 1),
         checks.int_tuple("padding", padding, rank, 0),
         checks.int_tuple("dilation", dilation, rank, 1),
         groups,
-        resolve_block(block, x.shape[1], groups),
+        resolve_block(block, channels, groups),
         checks.grouping(grouping),
         sampling_stride,
     )
@@ -373,7 +383,7 @@ def _layer(
     num_updates: Tensor | None = None,
 ) -> Tensor:
     """Any layer, arguments checked: statistics of the batch in training, else the running ones."""
-    checks.not_onnx(training)
+    tracing.no_training_step(training)
     checks.frozen(frozen)
     checks.same_home(
         x,
@@ -423,11 +433,12 @@ def _warn_of_one_sample(x: Tensor, geo: Geometry) -> None:
 
 def _needs_no_statistics(x: Tensor, frozen: Tensor | None, group: distributed.StatisticsGroup | None) -> bool:
     """A training step that takes no statistics of its own: of no images, or of a frozen layer on many processes, which
-    spare the collective (but not in a compiled graph, which holds both). Other backends look at ``frozen`` themselves.
+    spare the collective (but not in a compiled graph, which holds both, nor where ``frozen`` has no value to look at).
+    Other backends look at ``frozen`` themselves.
     """
     if group is None:
         return x.shape[0] == 0
-    return frozen is not None and not torch.compiler.is_compiling() and bool(frozen)
+    return frozen is not None and tracing.has_value(frozen) and bool(frozen)
 
 
 def _convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
@@ -450,6 +461,6 @@ def _with_running(
         folded, shift = weight, weight.new_zeros(weight.shape[0]) if bias is None else bias
     else:
         # cloned, or a later training step would change in place what this step's backward reads
-        keep = torch.is_grad_enabled()
+        keep = torch.is_grad_enabled() or torch.jit.is_tracing()  # which traces again without gradients, to compare
         folded, shift = _fold(weight, bias, mean.clone() if keep else mean, deconv.clone() if keep else deconv, geo)
     return reference.convolve(x, folded, shift, geo)

@@ -1,6 +1,7 @@
-"""Deployment: a trained model without this package's layers."""
+"""Deployment: a trained model without this package's layers.
 
-from __future__ import annotations
+Without annotations of the future, which torch.jit.script cannot read.
+"""
 
 import copy
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from tdeconv.functional import fold_deconv
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
+from tdeconv.tracing import sizes
 
 _CONVS: dict[type, Any] = {FastDeconv1d: nn.Conv1d, FastDeconv: nn.Conv2d, FastDeconv3d: nn.Conv3d}
 _LAYERS = (*_CONVS, Delinear, ChannelDeconv)
@@ -98,11 +100,12 @@ class _ChannelWhitening(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` or ``(N, C)`` to the same."""
-        c = x.shape[1] // self.block * self.block
+        channels = x.shape[1] if torch.jit.is_scripting() else sizes(x)[1]  # which torch.jit.script cannot compile
+        c = channels // self.block * self.block
         y = x.to(self.root.dtype)
-        whitened = self.root @ y[:, :c].reshape(x.shape[0], self.block, -1) + self.shift
-        whitened = whitened.reshape(x.shape[0], c, *x.shape[2:])
-        if c < x.shape[1]:
-            rest = y[:, c:].flatten(1) * self.scale + self.rest_shift
-            whitened = torch.cat([whitened, rest.reshape(x.shape[0], x.shape[1] - c, *x.shape[2:])], dim=1)
+        blocks = y[:, :c]
+        whitened = self.root @ blocks.flatten(1).unflatten(1, (self.block, -1)) + self.shift
+        whitened = whitened.reshape(blocks.shape)
+        if c < channels:
+            whitened = torch.cat([whitened, y[:, c:] * self.scale + self.rest_shift], dim=1)
         return whitened.to(x.dtype)

@@ -16,9 +16,10 @@ from tdeconv import checks
 from tdeconv import functional as TF
 from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
+from tdeconv.tracing import Layer
 
 
-class _RunningStatistics(nn.Module):
+class _RunningStatistics(Layer):
     """What the layers with a weight share: a running mean and a running root."""
 
     track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
@@ -102,10 +103,12 @@ class _FastDeconvNd(_RunningStatistics, _ConvNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        checks.options(eps, n_iter, momentum, block, sampling_stride, samples_per_feature)
-        checks.positive_int("freeze_iter", freeze_iter)
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-            checks.positive_int(name, value)
+        eps, n_iter, momentum, block, sampling_stride = checks.options(eps, n_iter, momentum, block, sampling_stride)
+        samples_per_feature = checks.positive_int("samples_per_feature", samples_per_feature, least=0)
+        freeze_iter = checks.positive_int("freeze_iter", freeze_iter)
+        in_channels = checks.positive_int("in_channels", in_channels)
+        out_channels = checks.positive_int("out_channels", out_channels)
+        groups = checks.positive_int("groups", groups)
         checks.divides("groups", groups, "in_channels", in_channels)
         checks.divides("groups", groups, "out_channels", out_channels)
         rank = self._rank
@@ -146,7 +149,7 @@ class _FastDeconvNd(_RunningStatistics, _ConvNd):
         # > and not >=: the paper's code computes them in freeze_iter + 1 steps of each round
         return self.num_batches_tracked % (10 * self.freeze_iter) > self.freeze_iter if self.freeze else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         checks.float_tensor("input", x)
         if x.ndim not in (self._rank + 1, self._rank + 2):
             raise ValueError(
@@ -155,8 +158,9 @@ class _FastDeconvNd(_RunningStatistics, _ConvNd):
             )
         checks.channels(x, self.in_channels, axis=-1 - self._rank)
         x, padding = self._pad(x)
-        counts = x.shape[0] > 0 or self.process_group is not None  # an empty rank of a group keeps in step
-        frozen = self._frozen() if self.training and counts else None
+        # an empty rank of a group keeps in step
+        counts = self.training and (x.shape[0] > 0 or self.process_group is not None)
+        frozen = self._frozen() if counts else None
         mean: Tensor | None = self.running_mean
         deconv: Tensor | None = self.running_deconv
         if self.training and not self.track_running_stats:  # a freezing layer reads them still
@@ -321,9 +325,9 @@ class Delinear(_RunningStatistics, nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        checks.options(eps, n_iter, momentum, block)
-        checks.positive_int("in_features", in_features)
-        checks.positive_int("out_features", out_features)
+        eps, n_iter, momentum, block, _ = checks.options(eps, n_iter, momentum, block)
+        in_features = checks.positive_int("in_features", in_features)
+        out_features = checks.positive_int("out_features", out_features)
         super().__init__(in_features, out_features, bias, device, checks.float_dtype(dtype))
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
         self.block = resolve_block(block, in_features)
@@ -332,7 +336,7 @@ class Delinear(_RunningStatistics, nn.Linear):
         self.register_buffer("running_deconv", self.weight.new_empty(self.block, self.block))
         self.reset_running_stats()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         track = self.track_running_stats or not self.training
         return TF.delinear(
             x,

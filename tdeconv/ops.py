@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdeconv import checks, corridor
+from tdeconv import corridor, tracing
 from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
 from tdeconv.precision import no_autocast, statistics_dtype
@@ -88,9 +88,8 @@ def deconvolve(
 
 @deconvolve.register_fake
 def _(x, weight, bias, running_mean, running_deconv, frozen, geometry, eps, n_iter, backend):  # type: ignore[no-untyped-def]
-    checks.not_onnx(
-        True
-    )  # here too: dynamo, which torch's exporter falls back on, takes the answer elsewhere for False
+    # here too: dynamo, which torch's exporter falls back on, takes the answer elsewhere for False
+    tracing.no_training_step(True)
     geo = Geometry.unpack(geometry)
     axes = zip(x.shape[2:], geo.padding, geo.window, geo.stride, strict=True)
     y = _empty(x, (x.shape[0], weight.shape[0], *((n + 2 * p - w) // s + 1 for n, p, w, s in axes)), x, weight)

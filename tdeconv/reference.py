@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdeconv import transforms
 from tdeconv.geometry import Geometry
 from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
@@ -88,6 +89,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> Tensor:
 class _ConvergedInverseSqrt(torch.autograd.Function):
     """eigh's own derivative divides by differences of eigenvalues, and is NaN where they repeat. The root's needs no
     more than sums: with ``r`` the roots of the eigenvalues, its divided differences are ``-1 / (r_i r_j (r_i + r_j))``.
+    The derivative is a self-adjoint map: the same formula takes tangents forward and gradients back.
     """
 
     @staticmethod
@@ -98,19 +100,28 @@ class _ConvergedInverseSqrt(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, direction: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(ctx.saved_tensors[0])
         roots = values.sqrt()
         ri, rj = roots.unsqueeze(-1), roots.unsqueeze(-2)
-        inner = product(product(vectors.mT, grad + grad.mT), vectors) / (-2 * ri * rj * (ri + rj))
+        inner = product(product(vectors.mT, direction + direction.mT), vectors) / (-2 * ri * rj * (ri + rj))
         return product(product(vectors, inner), vectors.mT)
+
+
+class _TransformableInverseSqrt(_ConvergedInverseSqrt):
+    """The same under transforms and in forward mode; a class of its own, as torch.compile cannot go through it."""
+
+    generate_vmap_rule = True
+    jvp = _ConvergedInverseSqrt.backward
 
 
 def converged_inverse_sqrt(cov: Tensor) -> Tensor:
     """The inverse square root itself, by eigendecomposition."""
-    return _ConvergedInverseSqrt.apply(cov)  # type: ignore[no-untyped-call]
+    function = _TransformableInverseSqrt if transforms.transformed() else _ConvergedInverseSqrt
+    return function.apply(cov)  # type: ignore[no-untyped-call]
 
 
 def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tdeconv.tracing import has_value
+
 
 @functools.cache
 def _warn_once() -> None:
@@ -74,7 +76,7 @@ def update_(
         value = torch.lerp(r.to(n.dtype).reshape(n.shape), n, share).to(r.dtype)
         updated.append((value if news is None else torch.where(_over(news, n), value, r.view(n.shape))).view(r.shape))
     finite = torch.stack([all_finite(u) for u in updated]).all()
-    asked = finite.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere, asking would wait
+    asked = finite.device.type == "cpu" and has_value(finite)  # on a GPU, asking would wait
     if asked and not finite:
         _warn_once()
     else:

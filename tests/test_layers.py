@@ -6,13 +6,14 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tdeconv
 from helpers import BACKENDS, F32_TOLERANCE, F64_TOLERANCE, FAST, assert_close, randn, train_step
-from tdeconv import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv import ChannelDeconv, Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
 LAYERS = {1: FastDeconv1d, 2: FastDeconv, 3: FastDeconv3d}
 IMAGE = (4, 4, 9, 8)
@@ -145,6 +146,82 @@ def test_defaults_are_the_papers():
     assert (layer.eps, layer.n_iter, layer.momentum, layer.block, layer.sampling_stride) == (1e-5, 5, 0.1, 64, 3)
     assert (layer.freeze, layer.freeze_iter, layer.grouping) == (False, 100, "interleaved")
     assert (linear.eps, linear.n_iter, linear.momentum, linear.block) == (1e-5, 5, 0.1, 512)
+
+
+def numbers(value):
+    """All numbers of a layer's attributes, of tuples too."""
+    return [n for v in value for n in numbers(v)] if isinstance(value, tuple) else [value]
+
+
+NUMPY = {
+    "conv": (FastDeconv, (4, 6, 3, 2, 1, 1, 2, True, 1e-3, 7, 0.25, 32, 2, True, 50)),
+    "linear": (Delinear, (12, 6, True, 1e-3, 7, 0.25, 8)),
+    "channels": (ChannelDeconv, (4, 1e-3, 7, 0.25, 2)),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+@pytest.mark.parametrize("scalar", [lambda n: np.asarray(n)[()], np.asarray], ids=["scalar", "array"])
+def test_numbers_of_numpy_are_kept_as_pythons(name, scalar):
+    kind, values = NUMPY[name]
+    layer = kind(*(v if isinstance(v, bool) else scalar(v) for v in values))
+    plain = kind(*values)
+    assert repr(layer) == repr(plain)
+    for key, value in vars(plain).items():
+        if not key.startswith("_"):
+            assert vars(layer)[key] == value
+            assert [type(n) for n in numbers(vars(layer)[key])] == [type(n) for n in numbers(value)]
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(pickle.loads(pickle.dumps(layer)).running_deconv, plain.running_deconv)
+
+
+def test_functions_take_numbers_of_numpy():
+    i, x, weight = np.int64, randn(2, 4, 9, 9), randn(6, 2, 3, 3)
+    options = {"stride": (2, 1), "padding": 1, "dilation": 1, "groups": 2, "n_iter": 7, "sampling_stride": 2}
+    numpys = {key: np.array(value) if isinstance(value, tuple) else i(value) for key, value in options.items()}
+    taken = tdeconv.fast_deconv(x, weight, training=True, eps=np.float32(0.5), **numpys)
+    assert torch.equal(taken, tdeconv.fast_deconv(x, weight, training=True, eps=0.5, **options))
+    rows = randn(5, 4), randn(3, 4)
+    taken = tdeconv.delinear(*rows, training=True, momentum=np.float64(1), n_iter=i(2), block=i(2))
+    assert torch.equal(taken, tdeconv.delinear(*rows, training=True, momentum=1, n_iter=2, block=2))
+    taken = tdeconv.patch_moments(x, i(3), stride=[i(2), 2], groups=i(2), block=i(2))
+    assert_close(taken, tdeconv.patch_moments(x, 3, stride=2, groups=2), 0)
+    cov = torch.eye(3, dtype=torch.float64)
+    assert torch.equal(tdeconv.inverse_sqrt(cov, i(3)), tdeconv.inverse_sqrt(cov, 3))
+    statistics = randn(36), randn(2, 18, 18)
+    assert_close(
+        tdeconv.fold_deconv(weight, None, *statistics, groups=i(2)),
+        tdeconv.fold_deconv(weight, None, *statistics, groups=2),
+        0,
+    )
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+@pytest.mark.parametrize("sequence", [tuple, list, np.array])
+def test_one_number_alone_is_every_axis(rank, sequence):
+    """As in torch's layers for stride, padding and dilation; of such a kernel size torch makes a layer without use."""
+    x = randn(2, 3, *(9,) * rank)
+    torch.manual_seed(0)
+    layer = LAYERS[rank](3, 4, sequence([3]), sequence([2]), sequence([1]), sequence([2])).double()
+    torch.manual_seed(0)
+    plain = LAYERS[rank](3, 4, 3, 2, 1, 2).double()
+    assert repr(layer) == repr(plain)
+    assert torch.equal(layer(x), plain(x))
+    torchs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](3, 4, 3, (2,), (1,), (2,))
+    assert torchs.double()(x).shape == layer(x).shape
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        *((kind(3, 4, 3), (2, 3, *(5,) * rank)) for rank, kind in LAYERS.items()),
+        (Delinear(6, 4), (5, 6)),
+        (ChannelDeconv(4), (3, 6, 5, 5)),
+    ],
+)
+def test_the_input_has_torchs_name(layer, shape):
+    x = randn(*shape, dtype=torch.float32)
+    assert torch.equal(layer(input=x), layer(x))
 
 
 @pytest.mark.parametrize("rank", LAYERS)

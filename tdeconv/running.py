@@ -69,14 +69,19 @@ def update_(
     Returns:
         A bool tensor shaped as ``news``, else 0-d: where the update was made.
     """
+    asked = new[0].device.type == "cpu" and has_value(new[0])  # on a GPU, asking would wait
+    some = news
+    if asked and news is not None:
+        if not news.any():
+            return news
+        some = None if news.all() else news
     updated = []
     for r, n in zip(running, new, strict=True):
         n = n.detach()
         share = momentum if isinstance(momentum, (int, float)) else _over(momentum.to(n.dtype), n)
         value = torch.lerp(r.to(n.dtype).reshape(n.shape), n, share).to(r.dtype)
-        updated.append((value if news is None else torch.where(_over(news, n), value, r.view(n.shape))).view(r.shape))
+        updated.append((value if some is None else torch.where(_over(some, n), value, r.view(n.shape))).view(r.shape))
     finite = torch.stack([all_finite(u) for u in updated]).all()
-    asked = finite.device.type == "cpu" and has_value(finite)  # on a GPU, asking would wait
     if asked and not finite:
         _warn_once()
     else:

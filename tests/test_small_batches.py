@@ -57,10 +57,10 @@ def assert_unmoved(layer: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 # to ChannelDeconv, whose second moment is about zero, a constant is data
 BLANK = [(name, value) for name in LAYERS for value in (0.0, 0.3, -1e6) if value == 0 or "channels" not in name]
+KERNELS = [(name, 0.3, "triton") for name in ("1x1", "depthwise", "linear")]  # interpreted, each takes seconds
 
 
-@BACKEND
-@pytest.mark.parametrize(("name", "value"), BLANK)
+@pytest.mark.parametrize(("name", "value", "backend"), [*((*blank, b) for blank in BLANK for b in BACKENDS), *KERNELS])
 def test_blank_batches_are_not_counted(name, value, backend):
     """What is computed is the method's; the running statistics keep what they learnt of data."""
     layer = trained(name, backend)

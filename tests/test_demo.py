@@ -229,25 +229,6 @@ def test_missing_training_images_are_named(monkeypatch: pytest.MonkeyPatch, tmp_
         data.load("mnist", tmp_path)
 
 
-def test_a_torchvision_without_its_operators_still_reads_images(tmp_path: Path) -> None:
-    """As torchvision does: describe an operator that its compiled part, which did not load, would have defined."""
-    package = tmp_path / "torchvision"
-    package.mkdir()
-    (package / "__init__.py").write_text(
-        textwrap.dedent("""
-            import torch
-            torch.library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
-            torch.library.register_fake("torchvision::qnms")(lambda dets, scores, iou_threshold: dets)
-        """)
-    )
-    (package / "datasets.py").write_text("MNIST = 'read'\n")
-    code = "from tdeconv.demo import data; print(data._torchvision_datasets().MNIST)"
-    path = os.pathsep.join([str(tmp_path), str(Path(tdeconv.__file__).parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert process.stdout == "read\n"
-
-
 # networks -----------------------------------------------------------------------------------------------------------
 
 

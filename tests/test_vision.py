@@ -49,7 +49,7 @@ def run(code: str, *path: Path) -> str:
 
 IMPORTS = {
     "our own code's": "from tdeconv.vision import torchvision; torchvision()",
-    "anybody's, with the hook": "import torchvision_hook; import torchvision",
+    "anybody's, with the hook": "import vision_hook; import torchvision",
 }
 
 
@@ -65,7 +65,7 @@ def test_operators_that_did_not_load_are_declared(whose: str, loads: bool, tmp_p
 
 
 def test_the_hook_loads_nothing_when_python_starts() -> None:
-    code = "import sys, torchvision_hook; print([m for m in ('torch', 'torchvision', 'tdeconv') if m in sys.modules])"
+    code = "import sys, vision_hook; print([m for m in ('torch', 'torchvision', 'tdeconv') if m in sys.modules])"
     assert run(code, ROOT / ".ci") == "[]\n"
 
 

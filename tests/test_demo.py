@@ -438,20 +438,23 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         (["--lr", "1", "2", "3"], "--lr must be one or two positive numbers, got 1.0 2.0 3.0"),
         (["--seeds", "-1"], "--seeds must be different integers from 0 to"),
         (["--seeds", "3", "3"], "--seeds must be different integers from 0 to"),
-        (["--device", "toaster"], "--device toaster cannot be used"),
+        (["--device", "toaster"], "--device 'toaster' cannot be used"),
+        (["--device", "meta"], "--device 'meta' cannot be used: Tensor.item() cannot be called on meta tensors"),
         (["--data", "mnist"], "--data mnist needs --root DIR"),
         (["--data", "cifar10", "--root", "nowhere"], "--root nowhere is not a folder"),
+        (["--data", "cifar10", "--root", "."], "the training images of cifar10 cannot be read under --root .: "),
     ],
 )
 def test_a_bad_request_is_refused_before_training(
     argv: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("training started"))
     assert cli.main(["demo", *argv, "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert text in captured.err
-    assert captured.out == ""
-    assert list(tmp_path.glob("out/*")) == []
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", [["--seeds", "one"], ["--epochs", "1.5"], ["--data", "imagenet"], ["--arch", "x"]])

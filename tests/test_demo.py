@@ -229,6 +229,20 @@ def test_missing_training_images_are_named(monkeypatch: pytest.MonkeyPatch, tmp_
         data.load("mnist", tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"no picture, and no label", bytes(64)])
+def test_damaged_images_are_one_line(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+    assert cli.main(["demo", "--data", "mnist", "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("tdeconv demo: the training images of mnist cannot be read under --root ")
+    assert (out, err.count("\n")) == ("", 1)
+    assert not (tmp_path / "out").exists()
+
+
 # networks -----------------------------------------------------------------------------------------------------------
 
 

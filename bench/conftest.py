@@ -129,7 +129,9 @@ def measurements(request: pytest.FixtureRequest) -> Measurements:
     wanted = [(test.originalname, test.callspec.params["row"]) for test in request.session.items]
     try:
         return Measurements(request.config.stash[SESSION], wanted)
-    except (ValueError, AssertionError) as error:  # a refused input, a wrong answer
+    except ValueError as error:  # an input that a network refuses
+        pytest.exit(f"nothing was timed: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+    except AssertionError as error:  # a wrong answer
         pytest.exit(f"nothing was timed: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
 
 

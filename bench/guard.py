@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tdeconv.arguments import check_writable, nonempty_path, read
 from tdeconv.bench import machine, measure, memory, steps
 from tdeconv.bench.cases import Layer
 from tdeconv.bench.clock import Clock, CpuClock
@@ -165,12 +166,13 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it is not one of this command's.
     """
+    if not path.exists():
+        raise ValueError(f"there is no {path}: run this in a checkout, or make one with --update")
+    text = read(path, "--file")
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(text)
         if not all(isinstance(held[key], kind) for key, kind in _FIELDS.items()):
             raise TypeError
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}: run this in a checkout, or make one with --update") from None
     except (ValueError, KeyError, TypeError):
         needs = ", ".join(_FIELDS)
         raise ValueError(f"{path} is no JSON object with {needs}: take the committed one, or delete it") from None
@@ -305,13 +307,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     rounds = f"rounds of the timed part, {ROUNDS} by default; 0 leaves it out"
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=rounds)
-    parser.add_argument("--file", type=Path, default=FILE, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=nonempty_path, default=FILE, help=argparse.SUPPRESS)
     return parser
 
 
 def run(path: Path, rounds: int, update: bool) -> list[str]:
     """Measure, then compare or write. Returns what is wrong, a line each; prints the tables."""
     held = None if update and not path.exists() else load(path)
+    if update:
+        check_writable(path.parent, "the folder of --file")
     with _one_thread():
         found = {
             layer.name: exact(layer)

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tdeconv.arguments import check_writable, nonempty_path
+
 RESULTS = Path(__file__).parent / "results"
 HINT = "make results with: python -m tdeconv bench --quick"
 SUITES = {  # what tells a suite's rows apart
@@ -110,12 +112,12 @@ def found(paths: Iterable[Path]) -> dict[Path, Result]:
         if path.is_dir():
             inside = _inside(path)
             if not inside:
-                raise ValueError(f"RESULTS: the folder {path} holds no result files; {HINT}")
+                raise ValueError(f"the folder {path} holds no result files; {HINT}")
             results.update(inside)
         elif path.exists():
             results[path] = load(path)
         else:
-            raise ValueError(f"RESULTS: {path} does not exist; {HINT}")
+            raise ValueError(f"{path} does not exist; {HINT}")
     return results
 
 
@@ -239,10 +241,13 @@ def _rounded(value: Any) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     about = "Put runs into bench/results/<device>/, to be committed."
     parser = argparse.ArgumentParser(prog="python -m tdeconv.bench.results", description=about)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a result file of tdeconv bench")
-    parser.add_argument("--root", type=Path, default=RESULTS, metavar="DIR", help="default %(default)s")
+    parser.add_argument("files", nargs="+", type=nonempty_path, metavar="FILE", help="a result file of tdeconv bench")
+    parser.add_argument("--root", type=nonempty_path, default=RESULTS, metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     try:
+        for file in args.files:  # all or none are kept
+            load(file)
+        check_writable(args.root, "--root")
         for file in args.files:
             print(f"kept: {keep(file, args.root)}")
     except (ValueError, OSError) as error:

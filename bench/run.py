@@ -10,9 +10,10 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 
-from tdeconv.arguments import positive_int
+from tdeconv.arguments import check_writable, nonempty_path, positive_int, why
 from tdeconv.backends import BackendUnavailable
 from tdeconv.bench import results
 from tdeconv.bench.implementations import OURS, implementations
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--model", metavar="NAME", help="one network: torchvision:NAME, timm:NAME or MODULE:FUNCTION")
     parser.set_defaults(set=None)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)")
+    add("--out", type=nonempty_path, default=Path("bench-out"), metavar="DIR", help="results (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--backend", action="append", choices=OURS, help="measure this one of ours (default: all that can run)")
     add("--rounds", type=positive_int, metavar="N", help="rounds of every measurement (default: the set's)")
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", action="append", choices=tuple(FORMATS), help="memory layout (default: the set's)")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", action="append", choices=dtypes, help="half precision by autocast (default: the set's)")
-    add("--paper-code", type=Path, metavar="DIR", help="a checkout of the paper's repository, to measure too")
-    add("--compare", type=Path, metavar="FILE", help="earlier results of this device to compare with")
+    add("--paper-code", type=nonempty_path, metavar="DIR", help="a checkout of the paper's repository, to measure too")
+    add("--compare", type=nonempty_path, metavar="FILE", help="earlier results of this device to compare with")
     add("--fail-above", type=_percent, metavar="10%", help="with --compare: fail if a median grew by more")
     add("--select", metavar="EXPR", help="only rows whose names match (pytest's -k): 512-512, reference, step, ...")
 
@@ -71,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
         check(args)
         code, text = _measure(args)
         if not text:
-            print(f"tdeconv bench: nothing was measured (pytest's status {code}); see above", file=sys.stderr)
-            return code or 1
+            print("tdeconv bench: nothing was measured; see above", file=sys.stderr)
+            return REFUSED if code == pytest.ExitCode.USAGE_ERROR else code or 1
         report = _save(args, text)
     except (ValueError, BackendUnavailable) as error:
         print(f"tdeconv bench: {error}", file=sys.stderr)
         return REFUSED
     except OSError as error:
-        print(f"tdeconv bench: the results cannot be written to {args.out}: {error}", file=sys.stderr)
+        print(f"tdeconv bench: the results cannot be written to {args.out}: {why(error)}", file=sys.stderr)
         return REFUSED
     print(f"\n{report}\nsaved in {args.out}: {_name(args)}.json, {_name(args)}.md")
     print(f"as a page with plots: python -m tdeconv report {args.out}")
@@ -91,7 +92,6 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError, BackendUnavailable: why the measurement cannot be made as asked.
         ModuleNotFoundError: the library that the networks come from is not installed.
-        OSError: the folder for its results cannot be written.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no GPU")
@@ -104,25 +104,46 @@ def check(args: argparse.Namespace) -> None:
     if args.set == "quick" and not has_torchvision():
         print("torchvision is not installed: layers only, no whole networks; pip install 'tdeconv[vision]'")
     if args.set in ("models", "model"):
-        load_model(args.model or "torchvision:resnet18", argument="--model")
+        load_model("torchvision:resnet18" if args.model is None else args.model, argument="--model")
     if args.compare is not None:
         _check_comparable(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    probe = args.out / f".{_name(args)}.probe"
-    try:
-        probe.write_bytes(bytes(1 << 20))  # as much as results take
-    finally:
-        probe.unlink(missing_ok=True)
+    check_writable(args.out)
+    if args.select:
+        _check_selection(args)
 
 
 def _check_comparable(args: argparse.Namespace) -> None:
     """Times of two machines say nothing about the code."""
-    earlier = results.load(args.compare)
+    try:
+        earlier = results.load(args.compare)
+    except OSError as error:
+        raise ValueError(f"--compare {args.compare} cannot be read: {why(error)}") from None
     here = {"machine_info": describe(torch.device(args.device))}
     if not results.same_device(earlier, here):
         there, this = (" / ".join(map(str, results.identity(one))) for one in (earlier, here))
         what = "device / cores / threads / driver"
         raise ValueError(f"--compare {args.compare} is from another device: {what} there {there}, here {this}")
+
+
+def _check_selection(args: argparse.Namespace) -> None:
+    """Pytest alone knows what its expressions match: it lists the rows, and measures none."""
+    code, out, err = _listed(args)
+    if code == pytest.ExitCode.USAGE_ERROR:
+        problem = next((line for line in err.splitlines() if line.startswith("ERROR: ")), err)
+        raise ValueError(f"--select {args.select!r} cannot be read: {problem.rpartition(f'{args.select}: ')[2]}")
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        _, out, _ = _listed(argparse.Namespace(**{**vars(args), "select": None}))
+        names = [line.rpartition("::")[2] for line in out.splitlines() if "::" in line]
+        raise ValueError(
+            f"--select {args.select!r} matches none of the {len(names)} rows; their names are like {names[0]!r} and "
+            f"{names[-1]!r}, and a part of one is enough"
+        )
+
+
+def _listed(args: argparse.Namespace) -> tuple[int, str, str]:
+    command = [*_command(args, os.devnull), "--collect-only"]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -134,7 +155,13 @@ def _command(args: argparse.Namespace, json_path: str) -> list[str]:
     # no configuration: nothing that a project's own tests are run with may reach a measurement
     command = [sys.executable, "-m", "pytest", str(SUITES), "-c", os.devnull, f"--rootdir={SUITES.parent}"]
     command += ["-p", "no:cacheprovider", "-x", "-s", "-q", "--no-header", "--disable-warnings"]
-    command += [f"--benchmark-json={json_path}", f"--set={args.set}", f"--device={args.device}"]
+    # its storage, which is not used, is the working directory: any other folder would be made
+    command += [
+        "--benchmark-storage=file://.",
+        f"--benchmark-json={json_path}",
+        f"--set={args.set}",
+        f"--device={args.device}",
+    ]
     if args.compare is None:
         command.append("--benchmark-quiet")
     else:
@@ -152,17 +179,21 @@ def _command(args: argparse.Namespace, json_path: str) -> list[str]:
     return command + (["-k", args.select] if args.select else [])
 
 
+def _environment() -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    # ceilings are measured anew in each run; whether the devices are the same was asked before
+    ignored = ("Benchmark machine_info is different", "Not saving anything")
+    return {**environment, "PYTHONWARNINGS": ",".join(f"ignore:{text}" for text in ignored)}
+
+
 def _measure(args: argparse.Namespace) -> tuple[int, str]:
     """Run the suites in a process of their own: its status, and the JSON it gives at its end.
 
     That comes through a pipe, so that nothing but :func:`_save` writes files.
     """
     reading, writing = os.pipe()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    # ceilings are measured anew in each run; whether the devices are the same was asked before
-    environment["PYTHONWARNINGS"] = "ignore:Benchmark machine_info is different"
     command = _command(args, f"/dev/fd/{writing}")
-    with subprocess.Popen(command, env=environment, pass_fds=(writing,)) as child:
+    with subprocess.Popen(command, env=_environment(), pass_fds=(writing,)) as child:
         os.close(writing)
         chunks: list[str] = []
         with os.fdopen(reading, encoding="utf-8") as pipe:

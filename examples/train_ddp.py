@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tdeconv.arguments import positive_int
 from tdeconv.demo.data import DataSet, load
+from tdeconv.demo.errors import DemoError
 from tdeconv.demo.models import build
 from tdeconv.demo.options import DEFAULTS
 from tdeconv.demo.train import MOMENTUM, WEIGHT_DECAY, batches_of, steps_per_epoch
@@ -84,9 +86,8 @@ def accuracy(model: nn.Module, data: DataSet, device: torch.device) -> float:
     return right.item() / len(data.test[1])
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train(args: argparse.Namespace, data: DataSet, device: torch.device) -> None:
     """Every epoch's loss and accuracy, printed by the first process."""
-    data = load(args.data)
     torch.manual_seed(0)
     net = build("slim", "deconvolution", data.channels, len(data.classes)).to(device)
     if args.sync == "on":
@@ -108,13 +109,21 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's small network on several processes.")
     parser.add_argument("--data", choices=("digits", "photographs"), default="digits")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive_int, default=4)
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=64, help="of all processes together (default: %(default)s)"
+    )
     parser.add_argument("--sync", choices=("on", "off"), default="on", help="statistics over all processes, or not")
     parser.add_argument("--compile", action="store_true", help="compile the network")
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("torchrun starts the processes: torchrun --nproc-per-node 2 examples/train_ddp.py")
+    try:
+        data = load(args.data)
+    except DemoError as error:
+        parser.error(str(error))
 
-    train(args, start())  # whose network has gone before the processes' connections go
+    train(args, data, start())  # whose network has gone before the processes' connections go
     dist.barrier()  # none may take its end of a connection away while another still uses it
     dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Network deconvolution (Ye et al., ICLR 2020) for PyTorch: convolutions over whitened patches, fast."""
 
+import os as _os
 from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
@@ -13,6 +14,12 @@ from tdeconv.functional import delinear, fast_deconv, fold_deconv, inverse_sqrt,
 from tdeconv.fuse import fuse_deconv_eval
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.update_stats import update_stats
+
+# In a source tree the subpackages `bench` and `kernels` lie beside this folder, in a wheel within it. Here a source
+# tree takes its own. Otherwise it would need an installation to find them, and where another checkout is installed it
+# would get that one's: two source trees mixed, without a word.
+if not _os.path.isdir(_os.path.join(__path__[0], "kernels")):
+    __path__.append(_os.path.dirname(__path__[0]))
 
 try:
     __version__ = _version("tdeconv")

@@ -35,12 +35,12 @@ def checkpoint_contexts(module: nn.Module) -> Callable[[], Contexts]:
 
     Returns:
         A function without arguments that returns two context managers, for the forward and for its recomputation.
-        Either keeps a copy of the buffers until backward.
+        Either keeps a copy of the buffers until backward. It may be made early, as in a model's ``__init__``: it looks
+        for the module's layers and buffers whenever it is used. Copies of a model that holds it have their own.
     """
     if torch.compiler.is_compiling():
-        return functools.partial(create_selective_checkpoint_contexts, _save_counters)
-    layers = [layer for layer in module.modules() if hasattr(layer, "running_deconv")]
-    return functools.partial(_contexts, [b for layer in layers for b in layer.buffers(recurse=False)])
+        return _compiled_contexts  # not the module's own, for which the compiler would make a graph for each module
+    return functools.partial(_contexts, module)
 
 
 def _save_counters(_: Any, __: Any, *args: Any, **___: Any) -> CheckpointPolicy:
@@ -50,9 +50,21 @@ def _save_counters(_: Any, __: Any, *args: Any, **___: Any) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _contexts(buffers: list[Tensor]) -> Contexts:
-    forward = _Remember(buffers)
-    return forward, _Return(buffers, forward)
+def _compiled_contexts() -> Contexts:
+    return create_selective_checkpoint_contexts(_save_counters)
+
+
+def _contexts(module: nn.Module) -> Contexts:
+    if torch.compiler.is_compiling():  # made outside of the compiled function, and used within
+        return _compiled_contexts()
+    forward = _Remember(module)
+    return forward, _Return(module, forward)
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    """Those of its deconvolution layers, as they are now: conversion replaces layers, a change of dtype buffers."""
+    layers = [layer for layer in module.modules() if hasattr(layer, "running_deconv")]
+    return [b for layer in layers for b in layer.buffers(recurse=False)]
 
 
 def _copies(buffers: list[Tensor]) -> list[Tensor]:
@@ -68,11 +80,11 @@ def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
 class _Remember(AbstractContextManager[None]):
     """The forward: keeps what the buffers were at its beginning."""
 
-    def __init__(self, buffers: list[Tensor]) -> None:
-        self.buffers = buffers
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
     def __enter__(self) -> None:
-        self.values = _copies(self.buffers)
+        self.values = _copies(_buffers(self.module))
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -81,10 +93,11 @@ class _Remember(AbstractContextManager[None]):
 class _Return(AbstractContextManager[None]):
     """A recomputation, of which there may be several: back to the forward's beginning and forth again."""
 
-    def __init__(self, buffers: list[Tensor], forward: _Remember) -> None:
-        self.buffers, self.forward = buffers, forward
+    def __init__(self, module: nn.Module, forward: _Remember) -> None:
+        self.module, self.forward = module, forward
 
     def __enter__(self) -> None:
+        self.buffers = _buffers(self.module)
         self.present = _copies(self.buffers)
         _fill(self.buffers, self.forward.values)
 

@@ -180,13 +180,20 @@ def _warmup(args: argparse.Namespace) -> int:
     tuning = import_module("tdeconv.kernels.tuning")
     known = tuning._entries(tuning._file(device))
     before = len(known)
-    with backends.use_backend("triton"), tuning.tune():
-        x = random_input(args.shape, args.layout, device)
-        model = to_layout(model.to(device).train(), args.layout if x.ndim == 4 else "contiguous")
-        dtype = getattr(torch, args.dtype)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = model(x)
-        some_loss(output).backward()
+    x = random_input(args.shape, args.layout, device)
+    model = to_layout(model.to(device).train(), args.layout if x.ndim == 4 else "contiguous")
+    dtype = getattr(torch, args.dtype)
+    try:
+        with backends.use_backend("triton"), tuning.tune():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                output = model(x)
+            some_loss(output).backward()
+    except (ValueError, TypeError, RuntimeError) as error:
+        problem = (
+            f"MODEL cannot take a training step on an input of shape {tuple(x.shape)}: {error}; try another --shape"
+        )
+        print(f"tdeconv: {problem}", file=sys.stderr)
+        return 2
     why = "; a CPU's times would mean nothing" if device.type == "cpu" else ""
     print(f"measured {len(known) - before} sizes, {before} were known{why}; kept in {tuning.folder()}")
     return 0

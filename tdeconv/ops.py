@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdeconv import corridor, tracing
+from tdeconv import corridor, flops, tracing
 from tdeconv.geometry import Geometry
 from tdeconv.layout import memory_format
 from tdeconv.precision import no_autocast, statistics_dtype
@@ -234,3 +234,6 @@ def _inverse_sqrt_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 inverse_sqrt.register_autograd(_inverse_sqrt_backward, setup_context=_inverse_sqrt_setup)
+
+
+flops.register_when_counted()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# The tests are of the tree that they lie in, whichever checkout is installed, and so are the Pythons that they start.
+ROOT = str(Path(__file__).parents[1])
+sys.path.insert(0, ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 # Triton looks when a kernel is defined. Tests of what happens without the interpreter run a Python of their own.
 if not torch.cuda.is_available():

@@ -199,6 +199,18 @@ def test_what_cannot_be_checked(tiny: None, tmp_path: Path, capsys: pytest.Captu
         assert path.read_text() == text
 
 
+def test_what_cannot_be_read_or_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "exact", lambda layer: pytest.fail("it was measured"))
+    (tmp_path / "file").touch()
+    assert guard.main(["--file", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"tdeconv guard: --file {tmp_path} cannot be read: Is a directory\n"
+    assert guard.main(["--update", "--file", str(tmp_path / "file" / "guard.json")]) == 2
+    assert f"{tmp_path / 'file'} cannot be written to: it is a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_wrong_answers_fail(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def wrong(layers: Any, rounds: int) -> guard.Numbers:
         raise AssertionError("torch: relative errors [1.0]")

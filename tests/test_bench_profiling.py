@@ -429,10 +429,11 @@ def test_linear_layers_when_asked_for() -> None:
     [
         (["--model", "nets:nobody"], "--model 'nets:nobody' cannot be made"),
         (["--model", "resnet81"], "--model 'resnet81': torchvision has no such model"),
-        (["--model", "nets:features"], "--model 'nets:features' has no layer that can be converted\n"),
+        (["--model", "nets:features"], "--model 'nets:features' has no layer that can be converted: "),
         (["--model", "nets:pixels", "--device", "cuda"], "--device cuda: PyTorch sees no GPU here"),
         (["--model", "nets:picky", "--size", "9"], "on an input of shape (4, 3, 9, 9): mat1 and mat2 shapes cannot be"),
         (["--model", "nets:pixels", "--out", "nets.py/x"], "--out nets.py/x cannot be written to: Not a directory"),
+        (["--model", "nets:pixels", "--out", "nets.py"], "--out nets.py cannot be written to: it is a file"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_one_message(
@@ -442,8 +443,9 @@ def test_a_request_that_cannot_be_served_is_one_message(
     captured = capsys.readouterr()
     assert captured.err.startswith("tdeconv profile: ")
     assert text in captured.err
-    assert "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1
     assert captured.out == ""
+    assert not Path("out").exists()
 
 
 @pytest.mark.usefixtures("nets")

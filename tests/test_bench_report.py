@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tdeconv import cli
 from tdeconv.bench import results
 from tdeconv.bench.reports import command as report
 from tdeconv.bench.reports import plots, ratios, readme, stage_tables, tables
@@ -255,6 +256,30 @@ def test_what_cannot_be_kept_leaves_what_was(tmp_path: Path, capsys: pytest.Capt
     assert results.main([str(empty), "--root", str(tmp_path)]) == 2
     assert "tdeconv.bench.results: " in capsys.readouterr().err
     assert kept.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("name", ["absent.json", "."])
+def test_runs_are_kept_all_or_none(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = saved(tmp_path / "x.json", made_up())
+    assert results.main([str(good), str(tmp_path / name), "--root", str(tmp_path / "root")]) == 2
+    assert str(tmp_path / name) in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+    assert results.main([str(good), "--root", str(good)]) == 2
+    assert f"--root {good} cannot be written to: it is a file" in capsys.readouterr().err
+
+
+def test_a_report_is_not_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = saved(tmp_path / "x.json", made_up())
+    assert cli.main(["report", str(good), "--out", str(good)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"tdeconv report: --out {good} cannot be written to: it is a file; give another folder\n"
+
+
+def test_a_readme_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, problem in ((tmp_path / "absent", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert readme.main(["--readme", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert said == f"tdeconv.bench.reports.readme: --readme {path} cannot be read: {problem}\n"
 
 
 def test_files_are_written_all_or_none(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -151,9 +152,15 @@ def test_what_cannot_be_measured_is_refused(
         ): "--model 'torchvision:resnet19': torchvision has no such model; similar: res",
         ("--fail-above", "10%"): "--fail-above needs --compare FILE",
         ("--paper-code", tmp_path): "--paper-code must be a checkout of the paper's repository",
-        ("--compare", tmp_path / "absent.json"): "absent.json",
+        ("--model", ""): "--model '': torchvision has no such model",
+        (
+            "--compare",
+            tmp_path / "absent",
+        ): f"--compare {tmp_path / 'absent'} cannot be read: No such file or directory",
+        ("--compare", tmp_path): f"--compare {tmp_path} cannot be read: Is a directory",
     }.items():
-        assert words in refused(capsys, monkeypatch, *argv, "--out", tmp_path)
+        assert words in refused(capsys, monkeypatch, *argv, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @no_gpu
@@ -169,6 +176,9 @@ def test_without_a_gpu_what_needs_one_is_refused(
     ("argv", "words"),
     [
         (("--rounds", "0"), "--rounds: must be at least 1, got 0"),
+        (("--rounds", "many"), "--rounds: must be a whole number, got 'many'"),
+        (("--out", ""), "--out: must not be empty"),
+        (("--compare", ""), "--compare: must not be empty"),
         (("--batch", "-3"), "--batch: must be at least 1, got -3"),
         (("--fail-above", "0%"), "--fail-above: must be a whole percentage from 1% to 99%, got 0%"),
         (("--fail-above", "2.5%"), "--fail-above: must be a whole percentage from 1% to 99%, got 2.5%"),
@@ -182,10 +192,30 @@ def test_arguments_are_checked(argv: tuple[str, ...], words: str, capsys: pytest
     assert words in capsys.readouterr().err
 
 
-def test_a_selection_of_nothing_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert bench("--select", "no such row", "--out", tmp_path) != 0
-    assert "nothing was measured" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("select", "words"),
+    [
+        ("zzz", r"matches none of the \d+ rows; their names are like 'test_layer\[vgg11 3-64 3x3 at 32-conv_bn_relu-"),
+        ("3-64 and and", r"cannot be read: at column \d+: expected not OR left parenthesis OR identifier; got and"),
+    ],
+)
+def test_a_selection_of_nothing_is_refused(
+    select: str, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "_measure", lambda args: pytest.fail("it was measured"))
+    assert bench("--select", select, "--out", "new/folder") == 2
+    out, err = capfd.readouterr()
+    assert re.match(f"tdeconv bench: --select '{select}' {words}", err)
+    assert (out, err.count("\n")) == ("", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_leaves_its_results_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert bench(*SMALL, "--rounds", "1") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench-out"]
+    assert sorted(path.name for path in (tmp_path / "bench-out").iterdir()) == ["quick.json", "quick.md"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(
@@ -193,7 +223,9 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(
 ) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     said = refused(capsys, monkeypatch, "--out", tmp_path / "file" / "folder")
-    assert "the results cannot be written to" in said
+    assert f"--out {tmp_path / 'file' / 'folder'} cannot be written to: Not a directory" in said
+    said = refused(capsys, monkeypatch, "--out", tmp_path / "file")
+    assert f"--out {tmp_path / 'file'} cannot be written to: it is a file; give another folder" in said
 
 
 def test_a_run_that_fails_keeps_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +272,7 @@ def test_a_disk_that_is_full_already_is_noticed_before_measuring(
         said = refused(capsys, monkeypatch, "--out", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "the results cannot be written" in said
+    assert f"--out {tmp_path} cannot be written to: File too large" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,7 +284,7 @@ def test_a_model_of_timm_s_is_measured(tmp_path: Path, capfd: pytest.CaptureFixt
     assert {row["extra_info"]["network"] for row in data["benchmarks"]} == {"timm:mobilenetv3_small_050"}
     assert {row["extra_info"]["suite"] for row in data["benchmarks"]} == {"model"}
     capfd.readouterr()
-    assert bench(*argv[:3], "1", *argv[4:], "--out", tmp_path) == 1  # one image has no statistics to normalise by
+    assert bench(*argv[:3], "1", *argv[4:], "--out", tmp_path) == 2  # one image has no statistics to normalise by
     out, err = capfd.readouterr()
     assert "--model timm:mobilenetv3_small_050 does not take images (1, 3, 32, 32)" in out
     assert "Traceback" not in out + err

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
+import tdeconv
 from helpers import assert_close, randn
 from tdeconv import ChannelDeconv, Delinear, FastDeconv
 from tdeconv.checkpoint import checkpoint_contexts
@@ -44,6 +46,18 @@ def _counted_once(block: nn.Module, x: Tensor) -> Tensor:
 
 def _bare(block: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(block, x, use_reentrant=False)
+
+
+class _Early(nn.Module):
+    """Checkpoints a block with contexts made when it was, as a model does in its ``__init__``."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.contexts = checkpoint_contexts(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False, context_fn=self.contexts)
 
 
 def _train(block: nn.Module, forward: Forward, forwards_per_backward: int = 1) -> tuple[list[Tensor], list[Tensor]]:
@@ -114,6 +128,47 @@ def test_nested() -> None:
     _assert_equal(_train(_block(), nested), _train(_block(), _plain))
 
 
+def _in_float32() -> nn.Module:
+    return _Early(_block().float()).double()
+
+
+def _replaced_when_loaded() -> nn.Module:
+    model = _Early(_block().float())
+    model.load_state_dict({f"block.{name}": value for name, value in _block().state_dict().items()}, assign=True)
+    return model
+
+
+def _on_meta() -> nn.Module:
+    model = _Early(_block().to("meta")).to_empty(device="cpu")
+    model.load_state_dict({f"block.{name}": value for name, value in _block().state_dict().items()})
+    return model
+
+
+def _before_a_copy() -> nn.Module:
+    return copy.deepcopy(_Early(_block()))
+
+
+@pytest.mark.parametrize(
+    "make", [_in_float32, _replaced_when_loaded, _on_meta, _before_a_copy], ids=lambda f: f.__name__
+)
+def test_contexts_made_before_the_buffers_of_today(make: Callable[[], nn.Module]) -> None:
+    """The gradients and buffers of the same layers without checkpointing, in float64."""
+    model, plain = make(), _block()
+    plain.load_state_dict(model.block.state_dict())
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    _assert_equal(_train(model, _plain), _train(plain, _plain))
+
+
+def test_a_model_converted_after_its_contexts_were_made() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3), nn.BatchNorm2d(2), nn.Flatten()]
+    model = tdeconv.convert_deconv(
+        _Early(nn.Sequential(*layers, nn.Linear(8, 4), nn.Tanh())).double(), freeze_first=True
+    )
+    plain = copy.deepcopy(model.block)
+    _assert_equal(_train(model, _plain), _train(plain, _plain))
+
+
 def test_an_error_in_a_recomputation_leaves_the_buffers() -> None:
     """The hook fails only the second time, in the recomputation."""
     block, calls = _block(), []
@@ -144,6 +199,29 @@ def test_checkpoint_within_compile(forwards: int) -> None:
     plain = _train(_block(), _plain, forwards)
     compiled = torch.compile(_counted_once, fullgraph=True, backend="aot_eager")
     _assert_equal(_train(_block(), compiled, forwards), plain)
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_contexts_made_outside_of_the_compiled_function(forwards: int) -> None:
+    plain = _train(_block(), _plain, forwards)
+    compiled = torch.compile(_Early(_block()), fullgraph=True, backend="aot_eager")
+    _assert_equal(_train(compiled, _plain, forwards), plain)
+
+
+def test_models_of_one_kind_share_a_compiled_graph() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = _block(freeze=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _counted_once(self.block, x)
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    for _ in range(3):
+        torch.compile(Model(), fullgraph=True, backend=counter)(randn(5, 3, 6, 6))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tdeconv
-from tdeconv import cli
+from tdeconv import arguments, cli
 
 MODULES = {
     "demo": "tdeconv.demo",
@@ -218,6 +218,19 @@ def test_warmup_refuses_what_is_no_model(capsys: pytest.CaptureFixture[str], mon
     assert error == "tdeconv: MODEL 'nets:nobody' cannot be made: module 'nets' has no function 'nobody'\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("shape", [["2"], ["2", "3", "4", "4"]])
+def test_warmup_refuses_a_shape_that_the_model_does_not_take(
+    shape: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    assert cli.main(["warmup", "nets:pixels", "--shape", *shape]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"tdeconv: MODEL cannot take a training step on an input of shape ({', '.join(shape)}")
+    assert (out, err.count("\n")) == ("", 1)
+
+
 @pytest.mark.parametrize("command", ["warmup", "profile"])
 def test_a_models_missing_library_is_one_line(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -227,6 +240,36 @@ def test_a_models_missing_library_is_one_line(
     monkeypatch.setitem(sys.modules, "timm", None)
     assert cli.main([command, *(["timm:resnet18"] if command == "warmup" else [])]) == 1
     assert capsys.readouterr().err == "tdeconv: timm is not installed; pip install 'tdeconv[vision]'\n"
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine").touch()
+    for folder in ("here", "new", "here/new/er"):
+        arguments.check_writable(tmp_path / folder)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["here", "here/mine"]
+    with pytest.raises(ValueError, match=r"--to .*/mine cannot be written to: it is a file; give another folder"):
+        arguments.check_writable(tmp_path / "here" / "mine", "--to")
+    with pytest.raises(ValueError, match=r"--out .*/mine/x cannot be written to: Not a directory"):
+        arguments.check_writable(tmp_path / "here" / "mine" / "x")
+    (tmp_path / "here" / "mine").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"--in .* is no text"):
+        arguments.read(tmp_path / "here" / "mine", "--in")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ([], "torchrun starts the processes: torchrun --nproc-per-node 2 examples/train_ddp.py"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--batch-size", "-4"], "argument --batch-size: must be at least 1, got -4"),
+    ],
+)
+def test_the_example_refuses_what_it_cannot_do(argv: list[str], text: str) -> None:
+    example = Path(__file__).parents[1] / "examples" / "train_ddp.py"
+    done = subprocess.run([sys.executable, str(example), *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: {text}\n")
 
 
 def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +293,10 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], monkeyp
         (["warmup", "--help"], 0, "out", "MODULE:FUNCTION"),
         (["warmup", "m:f", "--dtype", "float64"], 2, "err", "invalid choice: 'float64'"),
         (["warmup", "m:f", "--shape", "8", "0"], 2, "err", "must be at least 1, got 0"),
+        (["warmup", "m:f", "--shape", "x"], 2, "err", "must be a whole number, got 'x'"),
+        (["demo", "--out", ""], 2, "err", "argument --out: must not be empty"),
+        (["report", ""], 2, "err", "argument RESULTS: must not be empty"),
+        (["profile", "--model", "m:f", "--out", ""], 2, "err", "argument --out: must not be empty"),
     ],
 )
 def test_help_and_refusals(

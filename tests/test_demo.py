@@ -229,23 +229,18 @@ def test_missing_training_images_are_named(monkeypatch: pytest.MonkeyPatch, tmp_
         data.load("mnist", tmp_path)
 
 
-def test_a_torchvision_without_its_operators_still_reads_images(tmp_path: Path) -> None:
-    """As torchvision does: describe an operator that its compiled part, which did not load, would have defined."""
-    package = tmp_path / "torchvision"
-    package.mkdir()
-    (package / "__init__.py").write_text(
-        textwrap.dedent("""
-            import torch
-            torch.library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
-            torch.library.register_fake("torchvision::qnms")(lambda dets, scores, iou_threshold: dets)
-        """)
-    )
-    (package / "datasets.py").write_text("MNIST = 'read'\n")
-    code = "from tdeconv.demo import data; print(data._torchvision_datasets().MNIST)"
-    path = os.pathsep.join([str(tmp_path), str(Path(tdeconv.__file__).parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert process.stdout == "read\n"
+@pytest.mark.parametrize("content", [b"", b"no picture, and no label", bytes(64)])
+def test_damaged_images_are_one_line(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+    assert cli.main(["demo", "--data", "mnist", "--root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("tdeconv demo: the training images of mnist cannot be read under --root ")
+    assert (out, err.count("\n")) == ("", 1)
+    assert not (tmp_path / "out").exists()
 
 
 # networks -----------------------------------------------------------------------------------------------------------
@@ -457,20 +452,23 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         (["--lr", "1", "2", "3"], "--lr must be one or two positive numbers, got 1.0 2.0 3.0"),
         (["--seeds", "-1"], "--seeds must be different integers from 0 to"),
         (["--seeds", "3", "3"], "--seeds must be different integers from 0 to"),
-        (["--device", "toaster"], "--device toaster cannot be used"),
+        (["--device", "toaster"], "--device 'toaster' cannot be used"),
+        (["--device", "meta"], "--device 'meta' cannot be used: Tensor.item() cannot be called on meta tensors"),
         (["--data", "mnist"], "--data mnist needs --root DIR"),
         (["--data", "cifar10", "--root", "nowhere"], "--root nowhere is not a folder"),
+        (["--data", "cifar10", "--root", "."], "the training images of cifar10 cannot be read under --root .: "),
     ],
 )
 def test_a_bad_request_is_refused_before_training(
     argv: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("training started"))
     assert cli.main(["demo", *argv, "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert text in captured.err
-    assert captured.out == ""
-    assert list(tmp_path.glob("out/*")) == []
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", [["--seeds", "one"], ["--epochs", "1.5"], ["--data", "imagenet"], ["--arch", "x"]])

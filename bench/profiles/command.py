@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import tdeconv
 from tdeconv import backends, checks
-from tdeconv.arguments import positive_int
+from tdeconv.arguments import check_writable, nonempty_path, positive_int, why
 from tdeconv.bench import machine
 from tdeconv.bench.clock import Clock, clock_of
 from tdeconv.bench.memory import no_stderr
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--linear", action="store_true", help="convert linear layers too")
     add(
         "--out",
-        type=Path,
+        type=nonempty_path,
         default=OUT,
         metavar="DIR",
         help="for profile.json, .md and trace.json (default %(default)s)",
@@ -108,20 +108,11 @@ def _device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def _check_folder(folder: Path) -> None:
-    """Before minutes of measuring: the folder can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written to: {error.strerror or error}; give another") from error
-
-
 def _write(folder: Path, files: dict[str, str]) -> None:
     try:
         publish({folder / name: content for name, content in files.items()})
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written to: {error.strerror or error}") from error
+        raise ValueError(f"--out {folder} cannot be written to: {why(error)}") from error
 
 
 def _model(args: argparse.Namespace) -> tuple[nn.Module, bool]:
@@ -132,7 +123,8 @@ def _model(args: argparse.Namespace) -> tuple[nn.Module, bool]:
     report = tdeconv.ConversionReport()
     tdeconv.convert_deconv(model, linear=args.linear, report=report)
     if not layers_of(model):
-        raise ValueError(f"--model {args.model!r} has no layer that can be converted\n{report}")
+        reasons = "; ".join(dict.fromkeys(row.why for row in report.left))
+        raise ValueError(f"--model {args.model!r} has no layer that can be converted: {reasons or report}")
     return model, True
 
 
@@ -235,7 +227,7 @@ def _trace(step: Step, clock: Clock, device: torch.device) -> str:
 def _profile(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
     """What ``profile.json`` and ``trace.json`` hold."""
     model, converted = _model(args)
-    _check_folder(args.out)
+    check_writable(args.out)
     shape = _input_shape(model, args, device)
     dtype, clock = getattr(torch, args.dtype), clock_of(device)
     model = to_layout(model.to(device).train(), args.layout)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
+from tdeconv.arguments import check_writable, nonempty_path
 from tdeconv.bench import markdown
 from tdeconv.bench.markdown import Table
 from tdeconv.bench.reports import plots, tables
@@ -215,15 +216,17 @@ def text(devices: Sequence[Device], side: Table | None) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="result files, or folders of them")
+    of = "result files, or folders of them"
+    parser.add_argument("results", nargs="+", type=nonempty_path, metavar="RESULTS", help=of)
     out = "folder for report.html and report.md (default %(default)s)"
-    parser.add_argument("--out", type=Path, default=Path("bench-out/report"), metavar="DIR", help=out)
+    parser.add_argument("--out", type=nonempty_path, default=Path("bench-out/report"), metavar="DIR", help=out)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the report. Returns the process's exit status."""
     try:
         files = by_device(found(args.results))
+        check_writable(args.out)
         with_memory = _memory_files(item for of in files for item in of.items())
         devices, side = [_device(of, with_memory) for of in files], side_by_side(files)
         html, plain = args.out / "report.html", args.out / "report.md"

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tdeconv.arguments import nonempty_path, read
 from tdeconv.bench import markdown
 from tdeconv.bench.reports import tables
 from tdeconv.bench.reports.answer import answer_table, steps_of
@@ -89,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "Write the README's results from the files that are kept."
     parser = argparse.ArgumentParser(prog="python -m tdeconv.bench.reports.readme", description=about)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is not up to date")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default %(default)s")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default %(default)s")
+    parser.add_argument("--readme", type=nonempty_path, default=README, metavar="FILE", help="default %(default)s")
+    parser.add_argument("--results", type=nonempty_path, default=RESULTS, metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     try:
-        old = args.readme.read_text(encoding="utf-8")
+        old = read(args.readme, "--readme")
         new = rewritten(old, section(found([args.results]), args.readme.parent))
         if not args.check:
             publish({args.readme: new})

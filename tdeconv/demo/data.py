@@ -200,10 +200,10 @@ def from_torchvision(name: str, root: Path | None, download: bool) -> DataSet:
     for train in (True, False):
         try:
             part = source(str(root), train=train, download=download)
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError, LookupError, AssertionError) as error:  # of damaged files
             what = f"the {'training' if train else 'test'} images of {name} cannot be read under --root {root}"
             advice = "" if download else " (add --download to fetch what is missing)"
-            raise DemoError(f"{what}: {error}{advice}") from error
+            raise DemoError(f"{what}: {str(error) or 'the files are damaged'}{advice}") from error
         images = torch.as_tensor(part.data)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         parts.append((images, torch.as_tensor(part.targets).long()))

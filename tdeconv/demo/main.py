@@ -17,7 +17,7 @@ from tdeconv.backends import use_backend
 from tdeconv.demo import data, figures, report, train, whitening
 from tdeconv.demo.errors import DemoError
 from tdeconv.demo.models import METHODS, TITLES
-from tdeconv.demo.options import Settings, output_folder, settings_of
+from tdeconv.demo.options import Settings, check_folder, settings_of
 
 SHOWN = ("cat", "coffee", "motorcycle")
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
-    folder = output_folder(args.out)
+    check_folder(args.out)
     images = data.load(args.data, args.root, args.download)
     print(
         f"{images.name}: {len(images.classes)} classes, images {tuple(images.test[0].shape[1:])}; "
@@ -49,8 +49,8 @@ def _run(args: argparse.Namespace) -> int:
         files = _draw(runs, images, settings)
     summary = report.summarise(runs)
     files["results.json"] = report.as_json(runs, summary, images, settings, [*files, "results.json"])
-    _write(folder, files)
-    print(f"\n{report.conclusion(summary, settings)}\n\nWritten to {folder.resolve()}:\n  {'  '.join(files)}")
+    _write(args.out, files)
+    print(f"\n{report.conclusion(summary, settings)}\n\nWritten to {args.out.resolve()}:\n  {'  '.join(files)}")
     return 0
 
 

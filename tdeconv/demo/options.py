@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tdeconv.arguments import check_writable, nonempty_path
 from tdeconv.backends import BackendUnavailable, choose
 from tdeconv.demo.errors import DemoError
 from tdeconv.demo.models import ARCHS, METHODS
@@ -58,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="photographs",
         help="images to classify (default: %(default)s, no download)",
     )
-    add("--root", type=Path, metavar="DIR", help="folder of mnist, fashion-mnist, cifar10 or cifar100")
+    add("--root", type=nonempty_path, metavar="DIR", help="folder of mnist, fashion-mnist, cifar10 or cifar100")
     add("--download", action="store_true", help="download these into --root if they are not there")
     add("--arch", choices=tuple(ARCHS), default="slim", help="network (default: %(default)s)")
     add("--epochs", type=int, metavar="N", help="epochs (default: by data set, 5 for photographs)")
@@ -72,7 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="one run each (default: 0 1 2)")
     add("--device", default="cpu", help="a torch device (default: %(default)s)")
-    add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="where to write (default: %(default)s)")
+    add(
+        "--out",
+        type=nonempty_path,
+        default=Path("demo-out"),
+        metavar="DIR",
+        help="where to write (default: %(default)s)",
+    )
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -103,25 +108,21 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _device_and_backend(name: str) -> tuple[str, str]:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has tensors, but no values
         return name, choose(None, device).backend
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        what = "the chosen backend" if isinstance(error, (BackendUnavailable, ValueError)) else f"--device {name}"
+        what = "the chosen backend" if isinstance(error, (BackendUnavailable, ValueError)) else f"--device {name!r}"
         raise DemoError(f"{what} cannot be used: {reason}") from error
 
 
-def output_folder(path: Path) -> Path:
-    """Create the folder and try to write in it.
+def check_folder(folder: Path) -> None:
+    """Before anything is trained: the pictures can be written to the folder.
 
     Raises:
-        DemoError: it cannot be created, or not be written to.
+        DemoError: it cannot be made, or not be written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle, probe = tempfile.mkstemp(prefix=".probe-", dir=path)
-        os.close(handle)
-        os.unlink(probe)
-    except OSError as error:
-        raise DemoError(f"--out {path} cannot be written to: {error.strerror or error}; give another folder") from error
-    return path
+        check_writable(folder)
+    except ValueError as error:
+        raise DemoError(str(error)) from None

@@ -122,6 +122,7 @@ def _finite(value: Any) -> Any:
 def publish(folder: Path, files: dict[str, bytes]) -> None:
     """Write all files: each under a temporary name first, and only when all are complete under their own."""
     waiting = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         for name, temporary in waiting.items():
             temporary.write_bytes(files[name])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,25 @@ class Limits:
     registers: int = 255
     warp: int = 32
     max_threads: int = 1024
+
+
+# Rows, pixels and the offsets within a matrix are counted in 32 bits; a tile may reach past the end.
+_COUNTED = 2**31 - 2**16
+
+
+def counted(*sizes: int) -> bool:
+    """Whether the kernels can count as far as each of these."""
+    return max(sizes) < _COUNTED
+
+
+def matrix_counted(features: int) -> bool:
+    """Whether they can count the elements of a square matrix, filled up to whole tiles."""
+    return counted((features + 64) ** 2)
+
+
+def span(tensor: Tensor) -> int:
+    """How far a tensor's last element is from its first, in elements."""
+    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 # Bytes of shared memory a program may ask for, by compute capability; an unknown device gets the least of its family.

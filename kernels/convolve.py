@@ -24,7 +24,7 @@ from torch import Tensor
 from tdeconv import reference, torch_backend
 from tdeconv.geometry import Geometry
 from tdeconv.kernels import precision, tuning
-from tdeconv.kernels.configs import Config, Limits, legal, limits
+from tdeconv.kernels.configs import Config, Limits, counted, legal, limits, span
 from tdeconv.kernels.launch import interpreted, launch
 from tdeconv.layout import memory_format
 
@@ -282,17 +282,22 @@ def use(way: str) -> Iterator[None]:
         _forced = before
 
 
-def fits(x: Tensor, geo: Geometry) -> bool:
-    """Whether the kernels can take it: offsets within an image are 32-bit, and each phase of a stride is a launch."""
+def fits(x: Tensor, weight: Tensor, geo: Geometry, grad: Tensor | None = None) -> bool:
+    """Whether the kernels can take it: pixels, and offsets within an image or the weight, are counted in 32 bits, and
+    each phase of a stride is a launch. ``grad`` is the output's gradient, in backward."""
     if not geo.kernel_size or x.numel() == 0 or x.dtype == torch.float64:
         return False
-    span = sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True))
-    return max(span, x[0].numel()) < 2**30 and math.prod(geo.stride) <= 16
+    y = out_shape(x, weight, geo)
+    pixels = [shape[0] * math.prod(shape[2:]) for shape in (x.shape, y)]
+    # the output and the input's gradient are dense, the others lie as they are given; half, for offsets in the padding
+    dense = [x.shape[1:].numel(), math.prod(y[1:]), weight.numel()]
+    given = [span(t[0]) for t in (x, grad) if t is not None] + [span(weight)]
+    return counted(*pixels, *(2 * n for n in dense + given)) and math.prod(geo.stride) <= 16
 
 
-def choices(x: Tensor, geo: Geometry, own: Sequence[Config]) -> Sequence[Config]:
+def choices(own: Sequence[Config]) -> Sequence[Config]:
     """What may be chosen; first, what is done where nothing was measured."""
-    if _forced == "library" or not fits(x, geo):
+    if _forced == "library":
         return (LIBRARY,)
     return own if _forced else (LIBRARY, *own)
 
@@ -320,7 +325,7 @@ def forward_sizes(x: Tensor, weight: Tensor, geo: Geometry) -> Sizes:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
     """``y (N, O, *positions)`` in the input's dtype and memory format."""
-    if not fits(x, geo):
+    if not fits(x, weight, geo):
         return _by_library(x, weight, bias, geo)
     sizes = forward_sizes(x, weight, geo)
     y: list[Tensor] = []
@@ -329,7 +334,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
         way = _by_library if config == LIBRARY else functools.partial(by_kernel, config=config)
         y[:] = [way(x, weight, bias, geo)]
 
-    tuning.run_best("convolve", size_key(sizes, x, geo), choices(x, geo, configs(sizes, x)), run, x.device)
+    tuning.run_best("convolve", size_key(sizes, x, geo), choices(configs(sizes, x)), run, x.device)
     return y[0]
 
 

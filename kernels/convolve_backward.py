@@ -285,7 +285,7 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the input (None unless needed), the folded weight and the folded bias."""
     by_library = torch_backend.convolve_backward
-    if not fits(x, geo):
+    if not fits(x, weight, geo, grad):
         return by_library(grad, x, weight, geo, need_x)
     grad_x: list[Tensor | None] = [None]
     grads: list[Tensor] = []
@@ -302,10 +302,10 @@ def convolve_backward(
 
     if need_x:
         sizes = input_sizes(x, weight, geo)
-        options = choices(x, geo, configs(sizes, x))
+        options = choices(configs(sizes, x))
         tuning.run_best("convolve_bwd_input", size_key(sizes, x, geo), options, run_input, x.device)
     sizes = forward_sizes(x, weight, geo)
-    options = choices(x, geo, _weight_configs(sizes, x))
+    options = choices(_weight_configs(sizes, x))
     tuning.run_best("convolve_bwd_weight", size_key(sizes, x, geo), options, run_weight, x.device)
     return grad_x[0], grads[0], grads[1]
 

@@ -46,10 +46,10 @@ def _fold(x: Tensor, weight: Tensor, geo: Geometry) -> str:
 def _convolve(x: Tensor, weight: Tensor, geo: Geometry) -> str:
     if not geo.kernel_size:
         return "the library's product"
-    if not fits(x, geo):
+    if not fits(x, weight, geo):
         return "the library's convolution: its offsets or strides are beyond the kernel's"
     sizes = forward_sizes(x, weight, geo)
-    options = choices(x, geo, configs(sizes, x))
+    options = choices(configs(sizes, x))
     with tune(False):  # nothing is run here, so nothing is measured
         config = choose("convolve", size_key(sizes, x, geo), options, lambda _: None, x.device)
     if config == LIBRARY:

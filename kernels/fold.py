@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tdeconv import torch_backend
 from tdeconv.geometry import Geometry
-from tdeconv.kernels.configs import Config
+from tdeconv.kernels.configs import Config, counted, matrix_counted, span
 from tdeconv.kernels.launch import launch
 from tdeconv.kernels.precision import float32_products
 from tdeconv.torch_backend.fold import channels_last_weight
@@ -316,9 +316,15 @@ def split_rows(rows: int, features: int, groups: int) -> tuple[int, int]:
     return triton.cdiv(rows, size), size
 
 
+def _takes(deconv: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels do it: float64, and a root or an output channel past counting, are torch_backend's."""
+    fits = matrix_counted(deconv.shape[-1]) and counted(*(span(w[0]) for w in weights))
+    return fits and deconv.dtype != torch.float64
+
+
 def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     """``W'_g = W_g S`` with its channels innermost, and ``b' = b - sum_g W'_g mu``, both in the statistics' dtype."""
-    if deconv.dtype == torch.float64:
+    if not _takes(deconv, weight):
         return torch_backend.fold(weight, bias, mean, deconv, geo)
     mean, deconv = mean.contiguous(), deconv.contiguous()
     folded = channels_last_weight(weight, deconv.dtype)
@@ -405,7 +411,7 @@ def fold_backward(
     need_statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the weight, and of the mean and the root (None unless needed), in the statistics' dtype."""
-    if deconv.dtype == torch.float64:
+    if not _takes(deconv, weight, grad_weight):
         return torch_backend.fold_backward(grad_weight, grad_bias, weight, mean, deconv, geo, need_statistics)
     mean, deconv, grad_bias = mean.contiguous(), deconv.contiguous(), grad_bias.contiguous()
     unfolded = torch.empty_like(weight, dtype=deconv.dtype)

@@ -22,7 +22,7 @@ from tdeconv import torch_backend
 from tdeconv.kernels import inverse_sqrt_entries as entries
 from tdeconv.kernels import inverse_sqrt_tiny as tiny
 from tdeconv.kernels import precision, tuning
-from tdeconv.kernels.configs import Config, Limits, legal, limits
+from tdeconv.kernels.configs import Config, Limits, legal, limits, matrix_counted
 from tdeconv.kernels.launch import interpreted, launch
 from tdeconv.kernels.newton_schulz import TANGENT, Program, plan, program
 
@@ -34,16 +34,21 @@ PARTS, CHUNK = 32, 2048  # and so is the norm's
 _DENSE: dict[str, Any] = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
 
 
+def _takes(cov: Tensor) -> bool:
+    """Whether the kernels do it: float64, and matrices of elements past counting, are torch_backend's."""
+    return cov.dtype != torch.float64 and matrix_counted(cov.shape[-1])
+
+
 def inverse_sqrt_saved(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     """Empty tensors for the normalised covariance ``(b, D, D)`` and the norms ``(b,)``."""
-    if cov.dtype == torch.float64:
+    if not _takes(cov):
         return torch_backend.inverse_sqrt_saved(cov, n_iter)
     return torch.empty_like(cov, **_DENSE), cov.new_empty(cov.shape[0], dtype=torch.float32)
 
 
 def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The root of ``cov (b, D, D)``, bitwise symmetric, and what its gradient needs. float64 is torch_backend's."""
-    if cov.dtype == torch.float64:
+    """The root of ``cov (b, D, D)``, bitwise symmetric, and what its gradient needs."""
+    if not _takes(cov):
         return torch_backend.inverse_sqrt(cov, n_iter)
     work = cov.to(torch.float32).contiguous()
     root, (basis, norm) = torch.empty_like(work), inverse_sqrt_saved(cov, n_iter)
@@ -57,7 +62,7 @@ def inverse_sqrt(cov: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter: int) -> Tensor:
     """The covariance's gradient ``(b, D, D)``, bitwise symmetric, from the root's."""
-    if basis.dtype == torch.float64:
+    if not _takes(basis):
         return torch_backend.inverse_sqrt_backward(grad, basis, spectrum, n_iter)
     work = grad.to(torch.float32).contiguous()
     out = torch.empty_like(work)

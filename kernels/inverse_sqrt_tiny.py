@@ -72,10 +72,11 @@ def _polynomial(  # type: ignore[no-untyped-def]
         z, dz = _double_factor(m, dm, eye, TANGENT, PRECISION)
         if N_ITER > 2:
             m, dm = _advance(m, dm, z, dz, upper, TANGENT, PRECISION)
-    for _ in range(MIDDLE):
-        f, df = _double_factor(m, dm, eye, TANGENT, PRECISION)
-        z, dz = _times(z, dz, f, df, TANGENT, PRECISION)
-        m, dm = _advance(m, dm, f, df, upper, TANGENT, PRECISION)
+    if MIDDLE > 0:  # a loop of no turns is compiled too, and without a step before it dm is still a constant
+        for _ in range(MIDDLE):
+            f, df = _double_factor(m, dm, eye, TANGENT, PRECISION)
+            z, dz = _times(z, dz, f, df, TANGENT, PRECISION)
+            m, dm = _advance(m, dm, f, df, upper, TANGENT, PRECISION)
     if INNER == 1:
         t, dt = _single_factor(m, dm, eye, TANGENT)
         z, dz = _times(z, dz, t, dt, TANGENT, PRECISION)

@@ -33,7 +33,7 @@ def _expected(targets: tuple[str, ...], block: int) -> dict[str, str]:
 def _small() -> Iterator[Variant]:
     pointers = {"fwd": _floats("cov", "root", "basis", "norm"), "bwd": _floats("grad", "basis", "norm", "out")}
     for targets, how in _EXACT.items():
-        for n_iter in (5, 15) if targets == NVIDIA else (5,):
+        for n_iter in (1, 2, 5, 15) if targets == NVIDIA else (5,):
             for name, fn in (("fwd", tiny._inverse_sqrt_tiny_fwd_kernel), ("bwd", tiny._inverse_sqrt_tiny_bwd_kernel)):
                 yield Variant(
                     f"inverse_sqrt_tiny_{name} n={n_iter} {how}",
@@ -41,7 +41,7 @@ def _small() -> Iterator[Variant]:
                     {**pointers[name], "D": "i32"},
                     {**tiny_plan(n_iter), "PRECISION": how},
                     small_config(9),
-                    expected=_expected(targets, 16),
+                    expected=_expected(targets, 16) if n_iter > 1 else {},  # one step multiplies nothing
                     targets=targets,
                 )
         if targets == AMD:

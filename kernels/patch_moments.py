@@ -89,7 +89,7 @@ def _patches_write_kernel(  # type: ignore[no-untyped-def]
             off, r < rows, o0, o1, o2, col, col_live, d0, d1, d2, size0, size1, size2, RANK, CHECK, RUNS, X_ROWS_FAST
         )
         tile = load_tile(x_ptr, where, mask, X_ROWS_FAST)
-        to = ((pack * rows.to(tl.int64) + r) * loops + v) * width
+        to = ((pack.to(tl.int64) * rows + r) * loops + v) * width  # a size may be the constant 1, which has no .to
         inside = (r < rows)[:, None] & (f < width)[None, :]
         tl.store(out_ptr + to[:, None] + f[None, :], tile.to(out_ptr.dtype.element_ty), mask=inside)
 

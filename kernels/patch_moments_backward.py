@@ -111,7 +111,7 @@ def _patch_moments_bwd_kernel(  # type: ignore[no-untyped-def]
             acc = tl.trans(acc)
         acc += tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
     else:
-        row = (pack * rows.to(tl.int64) + r) * loops + table % loops
+        row = (pack.to(tl.int64) * rows + r) * loops + table % loops  # a size may be the constant 1, which has no .to
         at = row[:, None] * width + (first + lane)[None, :]
         mask = live[:, None] & (first + lane < width)[None, :]
     tl.store(g_ptr + at, acc.to(g_ptr.dtype.element_ty), mask=mask)

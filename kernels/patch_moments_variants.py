@@ -60,6 +60,7 @@ LAYERS = (
     Layer("1x1", (64, 256, 56, 56), kernel=1),
     Layer("1x1 nchw", (64, 64, 57, 56), last=False, kernel=1),
     Layer("depthwise", (64, 96, 56, 56), groups=96),
+    Layer("3x3 one row", (1, 48, 3, 3), _FLOAT, last=False),
     Layer("linear", (256, 4096), _FLOAT, last=False, kernel=0, block=512, full=True),
 )
 

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
+from tdeconv.kernels.configs import counted, matrix_counted
 
 TILE = 64  # columns of the largest tile
 WORKSPACE = 32 << 20  # bytes of patches written out at a time: they stay in a large GPU's second-level cache
@@ -166,7 +167,7 @@ class Source:
     cols: Columns
     rows: int  # of one pass; a scattered layout's tables make ``loops`` passes
     loops: int
-    pixels: int  # that the rows are counted in
+    pixels: int  # of the input, or more: that many are counted
     home: Tensor
     geometry: dict[str, Any]  # rows -> positions, the same for every tensor of this shape
     places: tuple[dict[str, Any], ...]  # each tensor's offsets and strides: names that lack the tensor's letter
@@ -179,8 +180,8 @@ class Source:
 
     @property
     def fits(self) -> bool:
-        """Whether rows and pixels can be counted in 32 bits; elements are in 64."""
-        return max(self.count, self.pixels) < 2**31 - 2**16
+        """Whether rows, pixels and the covariance's elements can be counted in 32 bits; the input's are in 64."""
+        return counted(self.count, self.pixels) and matrix_counted(self.cols.features)
 
     @property
     def contiguous(self) -> bool:
@@ -235,11 +236,11 @@ def _source(
         spatial = tuple(sizes[1:])
         positions, step, pad, flat = spatial, (1,) * len(spatial), (0,) * len(spatial), geo.flat_stride
         samples = -(-math.prod(sizes) // flat)
-        pixels = samples * flat
     else:
         spatial, steps = tuple(axes[1:]), [list(s) for s in moved]
         positions, step, pad, flat = geo.positions(spatial), geo.sample_stride, geo.padding, 1
-        samples = pixels = axes[0] * math.prod(positions)
+        samples = axes[0] * math.prod(positions)
+    pixels = max(samples * flat, math.prod(axes))
     vectors = 1 if cols.scattered else cols.vectors
     named = {"pos": (positions, 1), "step": (step, 1), "pad": (pad, 0), "size": (spatial, 1)}
     geometry = {f"{name}{i}": v for name, (axis, fill) in named.items() for i, v in enumerate(_three(axis, fill))}

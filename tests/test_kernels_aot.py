@@ -41,6 +41,21 @@ def test_every_kernel_for_sm_90(tmp_path):
     assert result.stdout.count("\n| ") >= 20
 
 
+def test_every_kernel_with_sizes_of_one(tmp_path):
+    """One row, one channel, one image: Triton compiles such an int as a constant."""
+    result = aot(tmp_path, "--only", "sizes=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("\n| ") >= 20
+
+
+@pytest.mark.parametrize("n_iter", [1, 2])
+def test_few_steps_of_a_tiny_root(tmp_path, n_iter):
+    """A depthwise layer of a converted network takes one step: nothing is left for the kernel's loop."""
+    for direction in ("fwd", "bwd"):
+        result = aot(tmp_path, "--only", f"inverse_sqrt_tiny_{direction} n={n_iter} ", "--target", "sm_90")
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.slow
 def test_the_cooperative_launch(tmp_path):
     result = aot(tmp_path, "--only", "inverse_sqrt_grid_fwd tf32x3 64x64", "--target", "sm_90")

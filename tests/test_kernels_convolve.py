@@ -200,7 +200,7 @@ def test_every_tap_reaches_each_pixel_of_its_phase_once(kernel, stride, dilation
 def test_unmeasured_is_the_library():
     case = case_named("plain")
     tensors = inputs(case)
-    assert forward.choices(tensors[0], case.geo, ()) == (forward.LIBRARY,)
+    assert forward.choices(()) == (forward.LIBRARY,)
     assert torch.equal(forward.convolve(*tensors, case.geo), reference.convolve(*tensors, case.geo))
     lines = describe(*tensors[:2], case.geo, 5)
     assert list(lines) == ["patch_moments", "inverse_sqrt", "fold", "convolve"]
@@ -242,9 +242,29 @@ def test_linear_and_float64_and_empty_go_elsewhere(way):
         assert forward.convolve(x[:0], weight, bias, plain.geo).shape == (0, 4, 8, 8)
 
 
+def without_memory(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def fits(case: Case, **given: torch.Tensor) -> bool:
+    shape = (case.out, case.shape[1] // case.groups, *case.axes(case.kernel))
+    tensors = {"x": without_memory(*case.shape), "weight": without_memory(*shape), **given}
+    return forward.fits(geo=case.geo, **tensors)
+
+
 def test_what_does_not_fit_is_the_librarys():
-    x = torch.empty(1, device="meta").expand(1, 1 << 15, 1 << 10, 1 << 10)
-    geo = case_named("plain").geo
-    assert not forward.fits(x, geo)
-    assert not forward.fits(x[:, :4, :8, :8], Case("strided", (1, 4, 8, 8), stride=5).geo)
-    assert forward.fits(x[:, :4, :8, :8], geo)
+    """An offset within an image, as the kernels count it, is below 2^31, with room for the padding."""
+    plain = case_named("plain")
+    assert fits(plain)
+    assert not fits(Case("strided", (1, 4, 8, 8), stride=5))  # 25 launches
+    assert not fits(Case("input", (1, 1 << 15, 1 << 10, 1 << 10), kernel=1))
+    first = (16, 3, 6144, 6144)
+    assert fits(Case("first", first, out=16, padding=1))
+    assert not fits(Case("output", first, out=64, padding=1))
+    assert fits(Case("small_output", first, out=64, padding=1, stride=4))
+    assert not fits(Case("weight", (1, 1 << 15, 3, 3), out=1 << 13))
+    assert not fits(Case("pixels", (1 << 12, 1, 1 << 10, 1 << 10), out=1, kernel=1))
+    assert not fits(plain, x=without_memory(4, 2, 8, 1 << 28).transpose(0, 1)[..., :8])  # far apart in memory
+    assert not fits(plain, weight=without_memory(3, 3, 4, 1 << 28)[..., :4].permute(2, 3, 0, 1))
+    assert not fits(plain, grad=without_memory(4, 2, 8, 1 << 28).transpose(0, 1)[..., :8])
+    assert fits(plain, grad=without_memory(1).expand(2, 4, 8, 8))

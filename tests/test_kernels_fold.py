@@ -132,6 +132,15 @@ def test_float64_is_the_torch_backends():
     assert_close(kernels.fold(*tensors, case.geo), torch_backend.fold(*tensors, case.geo), 0.0)
 
 
+def test_a_root_or_an_output_channel_past_counting_is_the_torch_backends():
+    """Offsets within either are counted in 32 bits."""
+    small, large = (torch.empty(1, d, d, device="meta") for d in (46_000, 46_300))
+    weight = torch.empty(1 << 16, 1 << 15, device="meta")
+    assert kernels._takes(small, weight)
+    assert not kernels._takes(large, weight)
+    assert not kernels._takes(small, weight, weight.t())  # one channel's values are as far apart as there are channels
+
+
 def test_nothing_is_lost_where_values_are_large():
     """Rows of very different sizes: a mask that lets a neighbour in would show."""
     case = case_named("block_coprime")

@@ -201,6 +201,13 @@ def test_float64_is_the_torch_backends():
     assert torch.equal(actual, expected)
 
 
+def test_a_matrix_past_counting_is_the_torch_backends():
+    """Offsets within a matrix, filled up to whole tiles, are counted in 32 bits."""
+    small, large = (torch.empty(1, d, d, device="meta") for d in (46_000, 46_300))
+    assert stage._takes(small)
+    assert not stage._takes(large)
+
+
 def test_the_public_function():
     cov = covariance(20)[0].requires_grad_()
     root = tdeconv.inverse_sqrt(cov, backend="triton")

@@ -193,6 +193,23 @@ def test_float64_is_the_torch_backends():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("case", "fits"),
+    [
+        (Case("pixels", (1, 1, 46_000, 46_000), sampling_stride=3), True),
+        (Case("too_many_pixels", (1, 1, 46_400, 46_400), sampling_stride=3), False),
+        (Case("too_many_rows", (1, 2, 40_000, 30_000), block=1, kernel=1, sampling_stride=1), False),
+        (Case("features", (2, 46_000), kernel=(), block=46_000), True),
+        (Case("too_many_features", (2, 46_300), kernel=(), block=46_300), False),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_is_past_counting_is_the_torch_backends(case, fits):
+    """Rows, pixels and the elements of a covariance are counted in 32 bits, the input's elements in 64."""
+    x = torch.empty(case.shape, dtype=torch.bfloat16, device="meta")
+    assert patches.source(case.geo, x).fits == fits
+
+
 def test_not_a_number_is_not_hidden():
     """Rounding to tf32 by its bits must not make a number of one, whatever its payload."""
     case = case_named("several_splits")

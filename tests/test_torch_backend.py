@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import tdeconv
-from cases import CASES, SPECTRA, Case
+from cases import CASES, LAYOUTS, SPECTRA, Case
 from helpers import F32_TOLERANCE, F64_TOLERANCE, FAST, assert_close, difference, randn, run_case
 from tdeconv import ops, reference
-from tdeconv.torch_backend import chunks
+from tdeconv.bench import memory
+from tdeconv.torch_backend import chunks, patches
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 SPECTRUM = pytest.mark.parametrize("spectrum", SPECTRA, ids=lambda s: s.name)
@@ -172,6 +173,59 @@ def test_layer_in_small_parts(case, values, monkeypatch):
     monkeypatch.setattr(chunks, "_ON_CPU", values)
     actual, expected = (run_case(case, name, torch.float64) for name in ("torch", "reference"))
     assert_close(actual, expected, F64_TOLERANCE)
+
+
+@pytest.mark.parametrize("most", [1, 5, 12, 1000])
+@pytest.mark.parametrize("sizes", [(7,), (3, 4), (2, 3, 5), (1, 1, 6), (0, 3)], ids=str)
+def test_boxes_cover_an_array_once(sizes, most):
+    seen = torch.zeros(sizes)
+    for box in patches.boxes(sizes, most):
+        assert seen[box].numel() <= most
+        seen[box] += 1
+    assert bool((seen == 1).all())
+
+
+def peak_of_a_step(module: torch.nn.Module, x: torch.Tensor) -> int:
+    x = x.detach().requires_grad_()
+    return memory.allocations(lambda: module(x).square().sum().backward()).peak
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 8, 16, 16, 16), {}),
+        ((1, 8, 16, 16, 16), {"groups": 8}),
+        ((1, 8, 64, 64), {}),
+        ((1, 8, 4, 1024), {}),
+        ((1, 8, 1, 4096), {}),
+        ((1, 8, 4096), {}),
+        ((1, 64, 24, 24), {"kernel_size": 1}),
+        ((1, 128, 64, 64), {}),
+        ((1, 128, 64, 64), {"stride": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_memory_of_a_large_image_sampled_everywhere(shape, options, layout, monkeypatch):
+    """Sampled everywhere, its patches are many times its own size: only a chunk of them exists at once."""
+    monkeypatch.setattr(chunks, "_ON_CPU", 1 << 14)
+    rank, channels = len(shape) - 2, shape[1]
+    options = {"kernel_size": 3} | options
+    options["padding"] = options["kernel_size"] // 2
+    convolution = getattr(torch.nn, f"Conv{rank}d")(channels, channels, **options)
+    plain = torch.nn.Sequential(convolution, getattr(torch.nn, f"BatchNorm{rank}d")(channels))
+    name = "FastDeconv" if rank == 2 else f"FastDeconv{rank}d"
+    layer = getattr(tdeconv, name)(channels, channels, **options, block=2, sampling_stride=1, backend="torch")
+    x = LAYOUTS[layout](lambda shape: torch.randn(shape), shape)
+    assert peak_of_a_step(layer, x) <= 2 * peak_of_a_step(plain, x)
+
+
+def test_memory_of_one_volume_sampled_everywhere():
+    """All its patches at once are 432 MiB."""
+    x = torch.randn(1, 16, 64, 64, 64)
+    plain = torch.nn.Sequential(torch.nn.Conv3d(16, 16, 3, padding=1), torch.nn.BatchNorm3d(16))
+    layer = tdeconv.FastDeconv3d(16, 16, 3, padding=1, sampling_stride=1, backend="torch")
+    assert peak_of_a_step(layer, x) <= 1.25 * peak_of_a_step(plain, x)
 
 
 @CASE

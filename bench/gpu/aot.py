@@ -1,6 +1,7 @@
 """Compile every shipped kernel for GPUs that are not here, and read what came out.
 
-``python -m bench.gpu.aot --out DIR`` compiles each variant for sm_80, sm_90, sm_100 and gfx942, prints a table
+``python -m bench.gpu.aot --out DIR`` compiles each variant for sm_80, sm_90, sm_100 and gfx942 (and each kernel once
+more with all sizes 1), prints a table
 (registers, spills, shared memory, matrix instructions) and writes ``aot.json`` and ``aot.md``, keeping there what an
 earlier run with the same Triton has found about other variants. It fails if a kernel does not compile, spills on sm_90,
 asks for more shared memory than the device has, or lacks the matrix instruction it is meant to use.
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ TARGETS = {
 # What ``expected`` may ask for -> how it begins in PTX or AMD assembly
 _SPELLED = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "mfma": "v_mfma"}
 
+ONES = "sizes=1"  # ends the name of a variant whose ints are all 1
+
 
 @dataclass
 class Row:
@@ -67,12 +70,29 @@ class Row:
 
 
 def variants(only: str = "", quick: bool = False) -> Iterator[Any]:
-    """Every shipped variant whose name contains ``only``; with ``quick``, without the tuner's other candidates."""
+    """Every variant to compile whose name contains ``only``; with ``quick``, without the tuner's other candidates."""
+    known = list(_shipped())
+    ones = map(_of_ones, {v.fn: v for v in reversed(known)}.values())
+    yield from (v for v in [*known, *ones] if only in v.name and (v.default or not quick))
+
+
+def _shipped() -> Iterator[Any]:
     for info in pkgutil.iter_modules(tdeconv.kernels.__path__):
         module = importlib.import_module(f"tdeconv.kernels.{info.name}")
         own = getattr(module, "variants", None)
         if own is not None and own.__module__ == module.__name__:
-            yield from (v for v in own() if only in v.name and (v.default or not quick))
+            yield from own()
+
+
+def _of_ones(variant: Any) -> Any:
+    """The same kernel where every size and stride is 1: Triton makes a constant of an int that is 1 at launch, so code
+    that takes it for a tensor does not compile. That is the same on every target."""
+    ones = {name: 1 for name, kind in variant.signature.items() if not kind.startswith("*")}
+    pointers = {name: kind for name, kind in variant.signature.items() if name not in ones}
+    return replace(
+        variant, name=f"{variant.name} {ONES}", signature=pointers, constexprs={**variant.constexprs, **ones},
+        expected={}, targets=("sm_90",), aligned=None,
+    )  # fmt: skip
 
 
 def compile_for(variant: Any, target: Target) -> Any:

@@ -14,7 +14,7 @@ from tdeconv.geometry import Geometry
 from tdeconv.layout import beside, memory_format
 from tdeconv.torch_backend import winograd
 from tdeconv.torch_backend.chunks import chunk_rows
-from tdeconv.torch_backend.patches import taps
+from tdeconv.torch_backend.patches import taps, whole
 
 # With this many channels on both sides, a CPU's forward convolution is faster channels-last by more than the change of
 # layout costs.
@@ -74,7 +74,7 @@ def _channels_last(x: Tensor) -> Tensor:
 def _pairs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[int, Index, Index]]:
     """Tap, output pixel and input pixel of every product of a convolution that does not fall on padding."""
     images = slice(None)
-    for tap, at, reads in taps(pixels, geo):
+    for tap, at, reads in taps(whole(pixels, geo), geo):
         outs = [range(s.start, s.stop) for s in at[1:]]
         ins = [range(s.start, s.stop, s.step or 1) for s in reads[1:]]
         for out, into in zip(itertools.product(*outs), itertools.product(*ins), strict=True):
@@ -127,7 +127,7 @@ def _add_weight_gradient_(total: Tensor, grad: Tensor, x: Tensor, geo: Geometry)
     """``total (O, taps, C)``: a tap's is ``grad^T x`` over the positions at which the tap falls inside the input."""
     o, _, c = total.shape
     pixels, grads = x.movedim(1, -1), grad.movedim(1, -1)
-    for tap, at, reads in taps(pixels, geo.every()):
+    for tap, at, reads in taps(whole(pixels, geo.every()), geo.every()):
         total[:, tap].addmm_(grads[at].reshape(-1, o).t(), pixels[reads].reshape(-1, c))
 
 

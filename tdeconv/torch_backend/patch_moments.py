@@ -1,7 +1,7 @@
 """First stage: mean and covariance of the sampled patches, and their gradient added into the input's.
 
-The patch matrix never exists as a whole: a few images at a time are gathered tap by tap into rows ``(M, taps, C)``,
-which copies runs of C contiguous values, centred and brought into the order of the layer's vectors, and multiplied
+The patch matrix never exists as a whole: a part at a time is gathered tap by tap into rows ``(M, taps, C)``, which
+copies runs of C contiguous values, centred and brought into the order of the layer's vectors, and multiplied
 while they are in the cache.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.torch_backend import symmetric
-from tdeconv.torch_backend.patches import add_samples_, count, gather, parts, scatter_add_
+from tdeconv.torch_backend.patches import Part, add_samples_, count, gather, parts, picked, samples, scatter_add_
 
 
 def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     cov, means, counts = None, [], []
-    for part in parts(_pixels(x, geo), geo):
+    for part in parts(samples(_pixels(x, geo), geo), geo):
         rows = gather(part, geo)
         means.append(_pooled_mean(rows.mean(0), geo))
         counts.append(rows.shape[0] * geo.pooled)
@@ -41,15 +41,18 @@ def patch_moments_backward_(
     grad_x: Tensor, x: Tensor, mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, geo: Geometry
 ) -> None:
     pixels, target = _pixels(x, geo), _pixels(grad_x, geo)
-    samples = count(pixels, geo) * geo.pooled
+    vectors = count(pixels, geo) * geo.pooled
     # the centred vectors sum to zero, so the mean gets nothing from the covariance
-    grad_cov, grad_mean = (grad_cov + grad_cov.mT) / samples, grad_mean / samples
+    grad_cov, grad_mean = (grad_cov + grad_cov.mT) / vectors, grad_mean / vectors
 
-    def rows(part: Tensor) -> Tensor:
+    def rows(part: Part) -> Tensor:
         return _rows(_centred_vectors(gather(part, geo), mean, geo) @ grad_cov, grad_mean, geo)
 
-    if geo.pointwise:
-        add_samples_(target, torch.cat([rows(part).squeeze(1) for part in parts(pixels, geo)]), geo)
+    if picked(geo):
+        own = samples(pixels, geo)
+        for part in parts(own, geo):
+            part.pixels.copy_(rows(part).squeeze(1))
+        add_samples_(target, own, geo)
     else:
         for part, grad_part in zip(parts(pixels, geo), parts(target, geo), strict=True):
             scatter_add_(grad_part, rows(part), geo)
@@ -58,9 +61,9 @@ def patch_moments_backward_(
 
 
 def _pixels(x: Tensor, geo: Geometry) -> Tensor:
-    """``(N, *spatial, C)``; a copy where a pointwise kernel's one stride could not go over the pixels as they lie."""
+    """``(N, *spatial, C)``; a copy where one stride could not go over the pixels as they lie to pick some."""
     pixels = x.movedim(1, -1)
-    return pixels if not geo.pointwise or _in_rows(pixels) else pixels.contiguous()
+    return pixels if not picked(geo) or _in_rows(pixels) else pixels.contiguous()
 
 
 def _in_rows(pixels: Tensor) -> bool:

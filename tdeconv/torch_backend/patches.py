@@ -1,6 +1,6 @@
-"""Patches of a channels-last view ``pixels (N, *spatial, C)``: gathered tap by tap, a few images at a time.
+"""Patches of a channels-last view ``pixels (N, *spatial, C)``: gathered tap by tap, a part of them at a time.
 
-A part is a few images; where the kernel is pointwise, a few of the sampled pixels.
+A part is a few images; of an image that is too large for the cache, a few rows of positions, or a piece of one row.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,6 +29,15 @@ def _reach(size: int, positions: int, offset: int, stride: int) -> tuple[slice, 
     return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)
 
 
+class Part(NamedTuple):
+    """Some of the patches: those at ``positions`` along each axis of all these images, the first of which begins
+    ``before`` pixels outside."""
+
+    pixels: Tensor
+    positions: tuple[int, ...]
+    before: tuple[int, ...]
+
+
 class Tap(NamedTuple):
     """A kernel position that meets the input: its number, the positions at which it does, the pixels it reads there."""
 
@@ -38,11 +47,11 @@ class Tap(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _taps(geo: Geometry, spatial: tuple[int, ...]) -> tuple[Tap, ...]:
-    axes = zip(
-        spatial, geo.positions(spatial), geo.sample_stride, geo.kernel_size, geo.dilation, geo.padding, strict=True
-    )
-    reaches = [[_reach(n, m, i * d - p, s) for i in range(k)] for n, m, s, k, d, p in axes]
+def _taps(
+    geo: Geometry, spatial: tuple[int, ...], positions: tuple[int, ...], before: tuple[int, ...]
+) -> tuple[Tap, ...]:
+    axes = zip(spatial, positions, before, geo.sample_stride, geo.kernel_size, geo.dilation, strict=True)
+    reaches = [[_reach(n, m, i * d - b, s) for i in range(k)] for n, m, b, s, k, d in axes]
     every = slice(None)
     return tuple(
         Tap(number, (every, *(at for at, _ in per_axis)), (every, *(reads for _, reads in per_axis)))
@@ -51,9 +60,14 @@ def _taps(geo: Geometry, spatial: tuple[int, ...]) -> tuple[Tap, ...]:
     )
 
 
-def taps(pixels: Tensor, geo: Geometry) -> tuple[Tap, ...]:
+def taps(part: Part, geo: Geometry) -> tuple[Tap, ...]:
     """The kernel positions that meet the input somewhere; one that meets only padding is left out."""
-    return _taps(geo, tuple(pixels.shape[1:-1]))
+    return _taps(geo, tuple(part.pixels.shape[1:-1]), part.positions, part.before)
+
+
+def whole(pixels: Tensor, geo: Geometry) -> Part:
+    """All patches in one part."""
+    return Part(pixels, geo.positions(tuple(pixels.shape[1:-1])), geo.padding)
 
 
 def count(pixels: Tensor, geo: Geometry) -> int:
@@ -63,26 +77,55 @@ def count(pixels: Tensor, geo: Geometry) -> int:
     return pixels.shape[0] * math.prod(geo.positions(tuple(pixels.shape[1:-1])))
 
 
-def parts(pixels: Tensor, geo: Geometry) -> tuple[Tensor, ...]:
-    """Pieces of ``pixels`` whose patches fit the cache: views, or of a pointwise kernel's samples a copy's."""
+def boxes(sizes: Sequence[int], most: int) -> Iterator[Slices]:
+    """Boxes of at most ``most`` elements that cover an array, each as long as it can be along the last axes."""
+    steps = []
+    for size in reversed(sizes):
+        steps.append(max(1, min(size, most)))
+        most //= max(1, size)
+    axes = zip(sizes, reversed(steps), strict=True)
+    # an empty array is one empty box
+    return itertools.product(*([slice(i, min(i + k, n)) for i in range(0, max(1, n), k)] for n, k in axes))
+
+
+def parts(pixels: Tensor, geo: Geometry) -> Iterator[Part]:
+    """All patches, in parts that fit the cache; of :func:`samples` if the kernel is pointwise. Views."""
+    spatial = tuple(pixels.shape[1:-1])
     if geo.pointwise:
-        return _samples(pixels, geo).split(chunk_rows(geo.channels, pixels.device))
-    width = math.prod(geo.positions(tuple(pixels.shape[1:-1]))) * geo.taps * geo.channels
-    return pixels.split(chunk_rows(width, pixels.device))
+        axes = [(n, n, 1, 1, 0) for n in spatial]
+    else:
+        places = (geo.sample_stride, geo.window, geo.padding)
+        axes = list(zip(spatial, geo.positions(spatial), *places, strict=True))
+    most = chunk_rows(geo.taps * geo.channels, pixels.device)
+    for images, *box in boxes((pixels.shape[0], *(m for _, m, *_ in axes)), most):
+        reads, before = [], []
+        for at, (n, m, stride, window, padding) in zip(box, axes, strict=True):
+            first, end = at.start * stride - padding, (at.stop - 1) * stride - padding + window
+            # an axis that is not cut stays whole, so that contiguous images stay contiguous
+            low, high = (0, n) if at.stop - at.start == m else (min(max(first, 0), n), min(max(end, 0), n))
+            reads.append(slice(low, high))
+            before.append(low - first)
+        yield Part(pixels[(images, *reads)], tuple(at.stop - at.start for at in box), tuple(before))
 
 
-def _samples(pixels: Tensor, geo: Geometry) -> Tensor:
-    """A pointwise kernel's sampled pixels ``(M, C)``, in the order of :func:`_runs`: a view if they are all pixels."""
-    if pixels.is_contiguous() and geo.flat_stride == 1:
-        return pixels.view(-1, geo.channels)
-    rows = pixels.new_empty(count(pixels, geo), geo.channels)
+def picked(geo: Geometry) -> bool:
+    """Whether some of a pointwise kernel's pixels are samples, and not all."""
+    return geo.pointwise and geo.flat_stride > 1
+
+
+def samples(pixels: Tensor, geo: Geometry) -> Tensor:
+    """The pixels that patches are taken from; of those that are :func:`picked`, a copy ``(M, C)`` in the statistics'
+    dtype, in the order of :func:`_runs`."""
+    if not picked(geo):
+        return pixels
+    rows = pixels.new_empty(count(pixels, geo), geo.channels, dtype=statistics_dtype(pixels.dtype))
     for at, images in _runs(pixels, geo):
         rows[at].view(images.shape).copy_(images)
     return rows
 
 
 def add_samples_(pixels: Tensor, rows: Tensor, geo: Geometry) -> None:
-    """Adjoint of taking a pointwise kernel's samples: add the rows ``(M, C)`` to the pixels they came from."""
+    """Adjoint of picking samples: add the rows ``(M, C)`` to the pixels they came from."""
     for at, images in _runs(pixels, geo):
         images += rows[at].view(images.shape)
 
@@ -103,25 +146,26 @@ def _runs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[slice, Tensor]]:
         begin = end
 
 
-def gather(part: Tensor, geo: Geometry) -> Tensor:
+def gather(part: Part, geo: Geometry) -> Tensor:
     """A part's patches ``(M, taps, C)`` in the statistics' dtype."""
-    dtype = statistics_dtype(part.dtype)
+    pixels, dtype = part.pixels, statistics_dtype(part.pixels.dtype)
     if geo.pointwise:
-        return part.to(dtype).unsqueeze(1)
-    positions = geo.positions(tuple(part.shape[1:-1]))
-    part = part.contiguous()
-    rows = part.new_zeros((part.shape[0], *positions, geo.taps, geo.channels), dtype=dtype)
+        return pixels.to(dtype).reshape(-1, 1, geo.channels)
+    pixels = pixels.contiguous()
+    rows = pixels.new_zeros((pixels.shape[0], *part.positions, geo.taps, geo.channels), dtype=dtype)
     for tap, at, reads in taps(part, geo):
-        rows[at][..., tap, :] = part[reads]
+        rows[at][..., tap, :] = pixels[reads]
     return rows.view(-1, geo.taps, geo.channels)
 
 
-def scatter_add_(part: Tensor, rows: Tensor, geo: Geometry) -> None:
-    """Adjoint of :func:`gather`, unless the kernel is pointwise. One tap's pixels never overlap, so the sum is the same
-    every time."""
-    rows = rows.view(part.shape[0], *geo.positions(tuple(part.shape[1:-1])), geo.taps, geo.channels)
-    target = part.contiguous()
+def scatter_add_(part: Part, rows: Tensor, geo: Geometry) -> None:
+    """Adjoint of :func:`gather`. One tap's pixels never overlap, so the sum is the same every time."""
+    if geo.pointwise:
+        part.pixels.add_(rows.view(part.pixels.shape))
+        return
+    rows = rows.view(part.pixels.shape[0], *part.positions, geo.taps, geo.channels)
+    target = part.pixels.contiguous()
     for tap, at, reads in taps(part, geo):
         target[reads].add_(rows[at][..., tap, :])
-    if target is not part:
-        part.copy_(target)
+    if target is not part.pixels:
+        part.pixels.copy_(target)

@@ -9,12 +9,14 @@ Transformed arrays have the tile's column and row in front: ``(16, tiles, channe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdeconv.torch_backend.chunks import chunk_rows
+from tdeconv.torch_backend.patches import boxes
 
 
 def _tiles(outputs: Sequence[int]) -> tuple[int, int]:
@@ -22,10 +24,25 @@ def _tiles(outputs: Sequence[int]) -> tuple[int, int]:
     return -(-outputs[0] // 2), -(-outputs[1] // 2)
 
 
-def images_at_once(channels: int, outputs: Sequence[int], device: torch.device) -> int:
-    """Images whose transform fits the cache."""
+class Stripe(NamedTuple):
+    """Images, and rows of their outputs, that are worked on together; the rows of pixels that these read."""
+
+    images: slice
+    outputs: slice
+    reads: slice
+    padding: tuple[int, int]  # before the pixels read
+    shared: int  # of them, the first ones, which the stripe above reads too
+
+
+def stripes(images: int, channels: int, outputs: Sequence[int], padding: Sequence[int], on: Tensor) -> Iterator[Stripe]:
+    """All of a convolution, in stripes whose transform fits the cache: whole images, if these do."""
     rows, columns = _tiles(outputs)
-    return chunk_rows(16 * rows * columns * channels, device)
+    for part, tiles in boxes((images, rows), chunk_rows(16 * columns * channels, on.device)):
+        # of the pixels' rows; the first ones may lie in the padding
+        first, end = 2 * tiles.start - padding[0], 2 * tiles.stop - padding[0] + 2
+        low, above = max(0, first), max(0, first + 2) if tiles.start else 0
+        reads, shared = slice(low, max(low, end)), max(0, above - low)
+        yield Stripe(part, slice(2 * tiles.start, 2 * tiles.stop), reads, (low - first, padding[1]), shared)
 
 
 def _runs(a: Tensor, dim: int, size: int) -> tuple[Tensor, ...]:
@@ -113,16 +130,16 @@ def _transform_input(x: Tensor, padding: Sequence[int], outputs: Sequence[int]) 
     return _input_axis(_input_axis(padded, 1), 3).view(16, -1, x.shape[1])
 
 
-def _transform_input_adjoint(v: Tensor, padding: Sequence[int], outputs: Sequence[int], x: Tensor) -> None:
-    """``v (16, tiles, C)`` into ``x (n, C, H, W)``."""
+def _transform_input_adjoint(v: Tensor, padding: Sequence[int], outputs: Sequence[int], x: Tensor, shared: int) -> None:
+    """``v (16, tiles, C)`` into ``x (n, C, H, W)``; added to its first ``shared`` rows."""
     (rows, columns), n, c = _tiles(outputs), x.shape[0], x.shape[1]
     tiles = v.view(4, 4, n, rows, columns, c)
     half = _input_axis_adjoint(tiles, v.new_empty(4, n, rows, 2 * columns + 2, c), 3)
     padded = _input_axis_adjoint(half, v.new_empty(n, 2 * rows + 2, 2 * columns + 2, c), 1)
     inside = padded[:, padding[0] :, padding[1] :][:, : x.shape[2], : x.shape[3]]
-    if inside.shape[1:3] != x.shape[2:]:  # pixels that no output reads
-        x.zero_()
-    x.movedim(1, -1)[:, : inside.shape[1], : inside.shape[2]] = inside
+    pixels = x.movedim(1, -1)
+    inside[:, :shared] += pixels[:, :shared]
+    pixels.copy_(inside)
 
 
 def _transform_weight(weight: Tensor) -> Tensor:
@@ -138,13 +155,13 @@ def _transform_weight_adjoint(u: Tensor) -> Tensor:
 
 def convolve_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, padding: Sequence[int]) -> None:
     """Write the convolution of ``x (N, C, H, W)`` with ``weight (O, C, 3, 3)`` into ``y (N, O, Ho, Wo)``."""
-    o, (height, width) = weight.shape[0], y.shape[2:]
-    rows, columns = _tiles((height, width))
-    transformed = _transform_weight(weight).mT
-    step = images_at_once(max(weight.shape[:2]), (height, width), x.device)
-    for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
-        n = x_part.shape[0]
-        m = torch.bmm(_transform_input(x_part, padding, (height, width)), transformed)
+    o, transformed = weight.shape[0], _transform_weight(weight).mT
+    for stripe in stripes(x.shape[0], max(weight.shape[:2]), y.shape[2:], padding, x):
+        y_part = y[stripe.images, :, stripe.outputs]
+        n, _, height, width = y_part.shape
+        rows, columns = _tiles((height, width))
+        x_part = x[stripe.images, :, stripe.reads]
+        m = torch.bmm(_transform_input(x_part, stripe.padding, (height, width)), transformed)
         m[5] += bias  # the tile's second row and column reaches each of its outputs once
         half = _output_axis(m.view(4, 4, n, rows, columns, o), m.new_empty(4, n, rows, 2 * columns, o), 3)
         whole = _output_axis(half, m.new_empty(n, 2 * rows, 2 * columns, o), 1)
@@ -162,14 +179,15 @@ def _transform_grad(grad: Tensor) -> Tensor:
 
 def convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], grad_x: Tensor | None) -> Tensor:
     """The gradient of the weight; that of the input goes into ``grad_x``, if there is one."""
-    outputs = grad.shape[2:]
     transformed = _transform_weight(weight)
     total = torch.zeros_like(transformed)
-    step = images_at_once(max(weight.shape[:2]), outputs, x.device)
-    for first in range(0, x.shape[0], step):
-        part = slice(first, first + step)
-        m, v = _transform_grad(grad[part]), _transform_input(x[part], padding, outputs)
+    for stripe in stripes(x.shape[0], max(weight.shape[:2]), grad.shape[2:], padding, x):
+        images, reads = stripe.images, stripe.reads
+        grad_part = grad[images, :, stripe.outputs]
+        outputs = grad_part.shape[2:]
+        m, v = _transform_grad(grad_part), _transform_input(x[images, :, reads], stripe.padding, outputs)
         total.baddbmm_(m.mT, v)
         if grad_x is not None:
-            _transform_input_adjoint(torch.bmm(m, transformed, out=v), padding, outputs, grad_x[part])
+            v, grad_x_part = torch.bmm(m, transformed, out=v), grad_x[images, :, reads]
+            _transform_input_adjoint(v, stripe.padding, outputs, grad_x_part, stripe.shared)
     return _transform_weight_adjoint(total)

@@ -72,9 +72,7 @@ def whole(pixels: Tensor, geo: Geometry) -> Part:
 
 def count(pixels: Tensor, geo: Geometry) -> int:
     """The number M of sampled patches."""
-    if geo.pointwise:
-        return -(-math.prod(pixels.shape[:-1]) // geo.flat_stride)
-    return pixels.shape[0] * math.prod(geo.positions(tuple(pixels.shape[1:-1])))
+    return geo.patches(pixels.shape[0], tuple(pixels.shape[1:-1]))
 
 
 def boxes(sizes: Sequence[int], most: int) -> Iterator[Slices]:

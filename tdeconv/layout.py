@@ -25,7 +25,12 @@ def beside(x: Tensor, weight: Tensor) -> Tensor:
     """A convolution's weight in its input's memory format, and with that format's own strides.
 
     Axes of one leave their strides open. Some of torch's CPU convolutions take a contiguous weight ``(O, 3, 1, 1)``
-    whose strides could be channels-last for just that, beside a contiguous input, and write past its end (torch 2.13).
+    whose strides could be channels-last for just that, beside a contiguous input, and write past its end; others refuse
+    a channels-last one ``(1, 3, 1, 3)`` whose open strides are not those of that format (torch 2.13).
     """
-    weight = weight.contiguous(memory_format=memory_format(x))
-    return weight.view(-1).view(weight.shape) if weight.is_contiguous() else weight
+    fmt = memory_format(x)
+    weight = weight.contiguous(memory_format=fmt)
+    if fmt == torch.contiguous_format:
+        return weight.view(-1).view(weight.shape)
+    channels_inside = weight.movedim(1, -1)
+    return channels_inside.reshape(-1).view(channels_inside.shape).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""The tests' two markers, the time they took, and Triton's interpreter where there is no GPU."""
+"""The tests' markers, the time they took, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import rounding
 
 # The tests are of the tree that they lie in, whichever checkout is installed, and so are the Pythons that they start.
 ROOT = str(Path(__file__).parents[1])
@@ -29,12 +31,16 @@ STARTED = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--rounding", type=int, metavar="SEED", help="round as another CPU would (tests/rounding.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STARTED] = time.monotonic()
+    if (seed := config.getoption("--rounding")) is not None:
+        rounding.imitate(seed)
     config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device")
     config.addinivalue_line("markers", "slow: takes long; runs with --slow only")
+    config.addinivalue_line("markers", "exact: of sums that are exact in any order; does not run with --rounding")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -43,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         absent["gpu"] = pytest.mark.skip(reason="no CUDA or ROCm device")
     if not config.getoption("--slow"):
         absent["slow"] = pytest.mark.skip(reason="slow: runs with --slow")
+    if config.getoption("--rounding") is not None:
+        absent["exact"] = pytest.mark.skip(reason="exact: no order of summation changes a bit, as --rounding would")
     for item in items:
         for name, skip in absent.items():
             if item.get_closest_marker(name):

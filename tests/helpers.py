@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tdeconv
 from cases import Case
+from tdeconv import reference
 from tdeconv.geometry import Geometry
 
 # The tensors of these tests are tiny: threads would only wait for each other, on a busy machine for minutes.
@@ -34,22 +35,29 @@ bounded = settings(
 )
 
 
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """``||actual - expected|| / ||expected||`` in float64; absolute where the expected is zero; NaN for NaN."""
+def difference(actual: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+    """``||actual - expected|| / ||expected||`` in float64; absolute where the expected is zero; NaN for NaN.
+
+    Where terms cancel, rounding follows their size: with ``size``, a tensor as large as they are, the difference is
+    relative to its norm if that is larger.
+    """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     a, e = actual.detach().double(), expected.detach().double()
-    scale = float(e.norm())
+    scale = max(float(t.detach().double().norm()) for t in (e, size) if t is not None)
     return float((a - e).norm()) / (scale or 1.0)
 
 
-def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Two tensors, or two tuples of them (None agrees with None), differ by at most ``tolerance``, relatively."""
+def assert_close(actual: Any, expected: Any, tolerance: float, sizes: Sequence[Tensor | None] | None = None) -> None:
+    """Two tensors, or two tuples of them (None agrees with None), differ by at most ``tolerance``, relatively: to the
+    expected, or to these sizes where they are larger (see :func:`difference`).
+    """
     if isinstance(actual, Tensor):
         actual, expected = (actual,), (expected,)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+    sizes = [None] * len(expected) if sizes is None else sizes
+    for i, (a, e, size) in enumerate(zip(actual, expected, sizes, strict=True)):
         assert (a is None) == (e is None), f"number {i}: {a} against {e}"
         if a is not None:
-            d = difference(a, e)
+            d = difference(a, e, size)
             assert d <= tolerance, f"number {i} of shape {tuple(a.shape)} differs by {d:.2e} > {tolerance:.2e}"
 
 
@@ -60,25 +68,62 @@ class Step(NamedTuple):
     grad_x: Tensor | None
     grad_weight: Tensor
     grad_bias: Tensor | None
-    running_mean: Tensor
-    running_deconv: Tensor
+    running_mean: Tensor | None
+    running_deconv: Tensor | None
 
 
 def run_case(
     case: Case, backend: str, dtype: torch.dtype, tensors: tuple[Any, ...] | None = None, n_iter: int = 5
 ) -> Step:
     """The case as a function: forward in training, backward of a fixed random gradient."""
-    x, weight, bias = (None if t is None else t.detach().to(dtype) for t in tensors or case.tensors(torch.float64))
-    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    x, weight, bias = leaves = _leaves(case, dtype, tensors)
     geo = case.geo
     batch = () if geo.groups == 1 else (geo.groups,)
     mean = torch.zeros(geo.groups * geo.features, dtype=dtype)
     deconv = torch.eye(geo.features, dtype=dtype).repeat(*batch, 1, 1)
     function = tdeconv.fast_deconv if case.rank else tdeconv.delinear
     y = function(x, weight, bias, mean, deconv, training=True, n_iter=n_iter, backend=backend, **case.options())
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    grads = torch.autograd.grad(y, leaves, g)
-    return Step(y.detach(), grads[0], grads[1], grads[2] if bias is not None else None, mean, deconv)
+    return Step(y.detach(), *_gradients(y, leaves), mean, deconv)
+
+
+def what_cancels(case: Case, tensors: tuple[Any, ...] | None = None, n_iter: int = 5) -> Step:
+    """How large the terms are that :func:`run_case` adds up, as sizes for :func:`difference`; float64.
+
+    The layer with its root as a constant and its mean left out. Of few samples the mean's share cancels nearly all of
+    that (with one sample the output is the bias, and neither input nor weight has a gradient), and what is left is the
+    rounding of these terms. Nothing cancels in the statistics themselves.
+    """
+    x, weight, bias = leaves = _leaves(case, torch.float64, tensors)
+    geo = case.geo
+    with torch.no_grad():
+        _, mean, deconv, _ = reference.deconvolve(x, weight, bias, geo, 1e-5, n_iter)
+    y = reference.convolve(x, *reference.fold(weight, bias, torch.zeros_like(mean), deconv, geo), geo)
+    return Step(y.detach(), *_gradients(y, leaves), None, None)
+
+
+def _leaves(case: Case, dtype: torch.dtype, tensors: tuple[Any, ...] | None) -> list[Tensor | None]:
+    """Input, weight and bias to differentiate by, of these values or the case's."""
+    given = tensors or case.tensors(torch.float64)
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in given]
+
+
+def _gradients(y: Tensor, leaves: list[Tensor | None]) -> list[Tensor | None]:
+    """By every leaf (None of a missing one), for a fixed random gradient."""
+    g = randn(*y.shape, dtype=y.dtype, seed=1)
+    grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], g))
+    return [None if t is None else next(grads) for t in leaves]
+
+
+def fold_terms(
+    tensors: Sequence[Tensor | None], grads: Sequence[Tensor], geo: Geometry
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """How large the terms are that a fold of weight, bias, mean and root adds up, and those of its gradients by weight,
+    mean and root, as sizes for :func:`difference`: the same of values that cannot cancel.
+    """
+    weight, bias, mean, deconv = (None if t is None else t.detach().double().abs() for t in tensors)
+    leaves = [weight.requires_grad_(), mean.neg().requires_grad_(), deconv.requires_grad_()]  # b' subtracts the mean's
+    folded = reference.fold(leaves[0], bias, leaves[1], leaves[2], geo)
+    return folded, torch.autograd.grad(folded, leaves, [g.double().abs() for g in grads])
 
 
 def train_step(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,8 +131,7 @@ def train_step(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor | None, ...]:
     x = x.detach().requires_grad_()
     layer.zero_grad()
     y = layer(x)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    y.backward(g)
+    y.backward(randn(*y.shape, dtype=y.dtype, seed=1))
     grads = (x.grad, *(p.grad for p in layer.parameters()))
     return (y.detach(), *grads, *(b.clone() for b in layer.buffers() if b.is_floating_point()))
 

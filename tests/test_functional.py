@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tdeconv
 from cases import CONV_CASES, Case
-from helpers import BACKENDS, all_finite, assert_close, randn
+from helpers import BACKENDS, all_finite, assert_close, randn, what_cancels
 from tdeconv import delinear, fast_deconv, fold_deconv, inverse_sqrt, patch_moments
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -39,6 +39,10 @@ def stages_one_by_one(case: Case, x, weight, bias, backend: str, eps: float = 1e
     return conv(x, weight, shift, case.stride, **options), mean, root
 
 
+# One sample, or samples of nothing but padding: the running statistics do not count them.
+WITHOUT_VARIATION = ("single_sample", "sampled_in_padding_only", "wide_few_pixels_strided")
+
+
 @pytest.mark.parametrize("case", CONV_CASES, ids=lambda c: c.name)
 def test_stages_compose_to_the_layer(case, backend):
     leaves = [None if t is None else t.requires_grad_() for t in case.tensors(torch.float64)]
@@ -46,9 +50,12 @@ def test_stages_compose_to_the_layer(case, backend):
     y, mean, root = stages_one_by_one(case, *leaves, backend)
     running = torch.zeros_like(mean), torch.zeros_like(root)
     layer = fast_deconv(*leaves, *running, training=True, momentum=1, backend=backend, **case.options())
-    assert_close((layer, *running), (y, mean, root), 1e-11)
-    grad = randn(*y.shape)
-    assert_close(torch.autograd.grad(layer, given, grad), torch.autograd.grad(y, given, grad), 1e-11)
+    sizes = what_cancels(case)
+    assert_close(layer, y, 1e-11, [sizes.y])
+    counted = case.name not in WITHOUT_VARIATION
+    assert_close(running, (mean, root) if counted else [torch.zeros_like(t) for t in running], 1e-11)
+    gradients = (torch.autograd.grad(out, given, randn(*y.shape, seed=1)) for out in (layer, y))
+    assert_close(*gradients, 1e-11, [sizes.grad_x, sizes.grad_weight, sizes.grad_bias][: len(given)])
 
 
 # ------------------------------------------------------------------------------------------------------ patch_moments
@@ -78,6 +85,7 @@ def test_patch_moments_of_half_precision_are_float32(dtype, backend):
     assert_close(moments, patch_moments(x.double(), 3, backend="reference"), 1e-6)
 
 
+@pytest.mark.exact
 def test_patch_moments_of_a_constant_have_no_covariance(backend):
     mean, cov = patch_moments(torch.full((2, 3, 6, 6), 1000.0), 3, backend=backend)
     assert torch.equal(mean, torch.full((27,), 1000.0))
@@ -101,9 +109,10 @@ def test_inverse_sqrt_takes_any_batch(shape, method, backend):
 @pytest.mark.parametrize("method", ["newton_schulz", "eigh"])
 def test_inverse_sqrt_keeps_the_dtype(dtype, method, backend):
     cov = torch.diag(torch.tensor([1.0, 0.5, 0.25])).to(dtype)
+    condition = 4  # times as much may be left of a rounding error
     result = inverse_sqrt(cov, 12, method=method, backend=backend)
     assert result.dtype == dtype
-    assert_close(result, torch.diag(cov.diagonal().double().rsqrt()), 2 * torch.finfo(dtype).eps)
+    assert_close(result, torch.diag(cov.diagonal().double().rsqrt()), 2 * condition * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("values", [(1.0, 1.0, 1.0, 1.0), (2.0, 2.0, 1e-5, 1e-5), (1.0, 1.0 + 1e-12, 3.0, 3.0)])
@@ -126,6 +135,7 @@ def test_method_eigh_ignores_the_steps():
 # -------------------------------------------------------------------------------------------------------- fold_deconv
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("grouping", ["interleaved", "contiguous"])
 def test_folding_the_identity_changes_nothing(groups, grouping):

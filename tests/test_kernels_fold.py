@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cases import Case
-from helpers import assert_close, difference, randn
+from helpers import assert_close, difference, fold_terms, randn
 from interpreting import DEVICE, case_named, named, poison  # noqa: F401  # before the kernels; a fixture
 
 pytest.importorskip("triton")
@@ -46,14 +46,15 @@ def exact(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
 def check(case: Case, tensors: list[torch.Tensor | None], bound: float = BOUND) -> None:
     geo, leaves = case.geo, exact(tensors)
     actual, expected = kernels.fold(*tensors, geo), reference.fold(*leaves, geo)
-    assert_close(actual, expected, bound)
+    grads = [randn(*t.shape, dtype=torch.float32, seed=i + 7).to(DEVICE) for i, t in enumerate(actual)]
+    sizes, sizes_of_gradients = fold_terms(tensors, grads, geo)
+    assert_close(actual, expected, bound, sizes)
     assert all(t.dtype == torch.float32 for t in actual)
     assert actual[0].movedim(1, -1).is_contiguous()  # as the operator's fake declares it
-    grads = [randn(*t.shape, dtype=torch.float32, seed=i + 7).to(DEVICE) for i, t in enumerate(actual)]
     weight, _, mean, deconv = tensors
     gradients = kernels.fold_backward(*grads, weight, mean, deconv, geo, need_statistics=True)
     wanted = torch.autograd.grad(expected, [leaves[0], leaves[2], leaves[3]], [g.double() for g in grads])
-    assert_close(gradients, wanted, bound)
+    assert_close(gradients, wanted, bound, sizes_of_gradients)
     alone = kernels.fold_backward(*grads, weight, mean, deconv, geo, need_statistics=False)
     assert alone[1:] == (None, None)
     assert torch.equal(alone[0], gradients[0])

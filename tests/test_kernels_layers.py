@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cases import Case
-from helpers import F32_TOLERANCE, assert_close, difference, randn, run_case, train_step
+from helpers import F32_TOLERANCE, assert_close, difference, randn, run_case, train_step, what_cancels
 from interpreting import DEVICE, case_named, named, poison  # noqa: F401  # before the kernels; a fixture
 
 pytest.importorskip("triton")
@@ -57,7 +57,8 @@ def check_layer(case: Case, way: str) -> None:
     tensors = [None if t is None else t.float() for t in case.tensors(torch.float64)]
     with convolution.use(way):
         actual = run_case(case, "triton", torch.float32, tensors)
-    assert_close(actual, run_case(case, "reference", torch.float64, tensors), F32_TOLERANCE)
+    expected = run_case(case, "reference", torch.float64, tensors)
+    assert_close(actual, expected, F32_TOLERANCE, what_cancels(case, tensors))
 
 
 @interpreted

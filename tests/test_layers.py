@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tdeconv
-from helpers import BACKENDS, F32_TOLERANCE, F64_TOLERANCE, FAST, assert_close, randn, train_step
+from helpers import BACKENDS, F32_TOLERANCE, F64_TOLERANCE, FAST, assert_close, difference, randn, train_step
 from tdeconv import ChannelDeconv, Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
 LAYERS = {1: FastDeconv1d, 2: FastDeconv, 3: FastDeconv3d}
@@ -97,13 +97,14 @@ def history(layer: nn.Module, name: str, dtype: torch.dtype) -> list[torch.Tenso
 @pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_backends_agree(name, fast, dtype):
-    layers = [make(name, backend).to(dtype) for backend in (fast, "reference")]
-    exact = layers[1].double() if dtype == torch.float64 else copy.deepcopy(layers[1]).double()
-    bound = F64_TOLERANCE if dtype == torch.float64 else F32_TOLERANCE
-    actual = history(layers[0], name, dtype)
-    expected = history(exact, name, torch.float64)
-    assert len(actual) == len(expected)
+    layer, plain = (make(name, backend).to(dtype) for backend in (fast, "reference"))
+    expected = history(copy.deepcopy(plain).double(), name, torch.float64)
+    actual = history(layer, name, dtype)
     assert all(t is None or t.dtype == dtype for t in actual)
+    bound = F64_TOLERANCE
+    if dtype == torch.float32:  # many steps lose digits whoever computes
+        by_plain = zip(history(plain, name, dtype), expected, strict=True)
+        bound = max(F32_TOLERANCE, 2 * max(difference(p, e) for p, e in by_plain if e is not None))
     assert_close(actual, expected, bound)
 
 

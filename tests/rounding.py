@@ -1,12 +1,13 @@
 """Another CPU's library, imitated: products, convolutions, sums and eigenvectors round as some other one's could.
 
 Libraries add up in an order of their own, which depends on the CPU: what cancels to 0 in one of them is a few ulps of
-its terms in another. Tests must hold with all of them. So each result is moved by up to ``eps`` times the same result
-of the absolute values, about what another order of summation changes: where terms cancel, that follows the terms' size
-and not the result's. How far each value moves depends on the operator, the shape and the seed alone: as in a library,
-the same call gives the same bits twice.
+its terms in another. Tests must hold with all of them. So each result is moved by up to half an ``eps`` of the same
+result of the absolute values, about what another order of summation changes: where terms cancel, that follows the
+terms' size and not the result's. How far each value moves depends on the operator, the shape and the seed alone: as in
+a library, the same call gives the same bits twice.
 
-The kernels are replaced in torch's dispatcher: below autograd, the custom operators and compiled graphs.
+The kernels are replaced in torch's dispatcher: below autograd, the custom operators and compiled graphs. NumPy's product
+is replaced too, with which Triton's interpreter runs our kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import warnings
 import zlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ def imitate(seed: int) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Overriding a previously registered kernel")  # which is what is meant
         _replace(_library(), seed)
+    np.matmul = functools.partial(_matmul, np.matmul, f"{seed} numpy")
 
 
 def _replace(library: torch.library.Library, seed: int) -> None:
@@ -70,7 +73,7 @@ def _sum(kernel: Any, value: Any, key: str, keyset: Any, *args: Any, **kwargs: A
             continue
         if result.dtype in HALVES:  # added up in float32: only the last rounding may be another
             size = result.abs()
-        result.add_(size * _random(result.shape, result.dtype, f"{key} {i}") * torch.finfo(result.dtype).eps)
+        result.add_(size * _random(result.shape, result.dtype, f"{key} {i}") * (torch.finfo(result.dtype).eps / 2))
     return results
 
 
@@ -104,7 +107,15 @@ def _eigh(kernel: Any, key: str, keyset: Any, a: Tensor, *args: Any, **kwargs: A
     return kernel.call_boxed(keyset, a, *args, **kwargs)
 
 
-def _random(shape: torch.Size, dtype: torch.dtype, key: str) -> Tensor:
+def _matmul(kernel: Any, key: str, a: Any, b: Any, **kwargs: Any) -> Any:
+    result = kernel(a, b, **kwargs)
+    if result.dtype not in (np.float32, np.float64):
+        return result
+    r = _random(result.shape, torch.float64, key).numpy().astype(result.dtype)
+    return result + kernel(np.abs(a), np.abs(b), **kwargs) * r * (np.finfo(result.dtype).eps / 2)
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Tensor:
     """Between -1 and 1; the same for the same arguments."""
     g = torch.Generator().manual_seed(zlib.crc32(f"{key} {tuple(shape)}".encode()))
     return torch.rand(shape, generator=g, dtype=dtype) * 2 - 1

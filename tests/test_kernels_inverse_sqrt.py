@@ -47,11 +47,22 @@ def covariance(d: int, condition: float = 1e3, batch: int = 1, scale: float = 1.
     return ((cov + cov.mT) / 2).float()
 
 
-def exactly(cov, grad, n_iter: int):
-    leaf = cov.double().requires_grad_()
+def by_reference(cov, grad, n_iter: int, dtype: torch.dtype):
+    leaf = cov.to(dtype).requires_grad_()
     root = reference.inverse_sqrt(leaf, n_iter)
-    (g,) = torch.autograd.grad(root, leaf, grad.double())
+    (g,) = torch.autograd.grad(root, leaf, grad.to(dtype))
     return root.detach(), (g + g.mT) / 2
+
+
+def exactly(cov, grad, n_iter: int):
+    return by_reference(cov, grad, n_iter, torch.float64)
+
+
+def errors_of_plain_torch(cov, grad, n_iter: int) -> list[float]:
+    """In float32: the root's and the gradient's largest over a few orders of the features, as one alone may be lucky."""
+    orders = [[t.roll((shift, shift), (-2, -1)) for t in (cov, grad)] for shift in range(4)]
+    pairs = [zip(by_reference(*o, n_iter, torch.float32), exactly(*o, n_iter), strict=True) for o in orders]
+    return [max(errors) for errors in zip(*([difference(a, e) for a, e in pair] for pair in pairs), strict=True)]
 
 
 def run(cov, grad, n_iter: int):
@@ -68,8 +79,11 @@ def run(cov, grad, n_iter: int):
 def check(cov, n_iter: int, bound: float, grad_bound: float) -> None:
     grad = randn(*cov.shape, dtype=torch.float32, seed=5)
     actual, expected = run(cov, grad, n_iter), exactly(cov, grad, n_iter)
-    assert_close(actual[0], expected[0], bound)
-    assert_close(actual[1], expected[1], grad_bound)
+    allowed = [bound, grad_bound]
+    if n_iter > 7:  # rounding grows with the steps: on some CPUs plain torch's is beyond the bounds
+        allowed = [max(b, 2 * e) for b, e in zip(allowed, errors_of_plain_torch(cov, grad, n_iter), strict=True)]
+    assert_close(actual[0], expected[0], allowed[0])
+    assert_close(actual[1], expected[1], allowed[1])
 
 
 # --------------------------------------------------------------------------------------------------------- the values

@@ -145,6 +145,7 @@ def test_images_and_weights_take_the_layout() -> None:
     assert random_input((2, 4), "channels_last", device).shape == (2, 4)
 
 
+@pytest.mark.exact
 def test_the_loss_takes_every_differentiable_tensor_of_any_output() -> None:
     x, y, still = torch.full((2,), 3.0, requires_grad=True), torch.tensor(2.0, requires_grad=True), torch.tensor(9.0)
     assert some_loss(x) == 9

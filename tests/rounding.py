@@ -65,6 +65,8 @@ def _library() -> torch.library.Library:
 
 def _sum(kernel: Any, value: Any, key: str, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``kernel`` returns, moved; ``value`` is the same operator's kernel that writes nowhere."""
+    if torch.jit.is_tracing():  # which would record what moves it
+        return kernel.call_boxed(keyset, *args, **kwargs)
     factors = {name: _magnitude(v) for name, v in kwargs.items() if name != "out"}
     sizes = value.call_boxed(keyset, *map(_magnitude_of_tensor, args), **factors)
     results = kernel.call_boxed(keyset, *args, **kwargs)

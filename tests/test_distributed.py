@@ -692,7 +692,7 @@ def _example(processes: int) -> str:
     command += [str(root / "examples" / "train_ddp.py"), "--epochs", "1"]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

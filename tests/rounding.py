@@ -6,8 +6,8 @@ result of the absolute values, about what another order of summation changes: wh
 terms' size and not the result's. How far each value moves depends on the operator, the shape and the seed alone: as in
 a library, the same call gives the same bits twice.
 
-The kernels are replaced in torch's dispatcher: below autograd, the custom operators and compiled graphs. NumPy's product
-is replaced too, with which Triton's interpreter runs our kernels.
+The kernels are replaced in torch's dispatcher: below autograd, the custom operators and compiled graphs. So is NumPy's
+product, with which Triton's interpreter runs the project's kernels.
 """
 
 from __future__ import annotations

@@ -562,7 +562,7 @@ def test_a_signal_ends_the_demo_without_a_file(number: signal.Signals, status: i
             if "1/100000" in line:
                 process.send_signal(number)
                 break
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == status, err
     assert "nothing was written" in err
     assert "Traceback" not in err

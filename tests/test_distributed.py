@@ -9,9 +9,10 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
+import rounding
 from helpers import all_finite, assert_close, difference, randn, train_step
 from tdeconv import ChannelDeconv, Delinear, FastDeconv, FastDeconv1d, FastDeconv3d, reference
 from tdeconv.checkpoint import checkpoint_contexts
@@ -34,19 +36,22 @@ from tdeconv.distributed import StatisticsGroup, convert_sync_deconv
 
 SPLITS = [(5, 4), (7, 2), (9, 0), (0, 9)]  # images of each rank
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=120)  # a rank may wait for the other's compilation
-CALL_TIMEOUT = 50  # seconds
-SLOW_CALL_TIMEOUT = 240  # where a compiler works
+# Seconds, after which a call has failed. Generous: a busy machine is no failure.
+CALL_TIMEOUT = 180
+SLOW_CALL_TIMEOUT = 600  # where a compiler works
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2 * SLOW_CALL_TIMEOUT)  # the call's comes first, and names the rank
 
 
 # --------------------------------------------------------------------------------------- two processes that take calls
 
 
-def _serve(rank: int, rendezvous: str, pipe: Any) -> None:
+def _serve(rank: int, rendezvous: str, pipe: Any, seed: int | None) -> None:
     """A rank's process: run each function it is sent, send back what it returns or its traceback."""
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    if seed is not None:
+        rounding.imitate(seed)
     init = f"file://{rendezvous}"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2, timeout=COLLECTIVE_TIMEOUT)
     while (call := pickle.loads(pipe.recv_bytes())) is not None:
@@ -60,47 +65,94 @@ def _serve(rank: int, rendezvous: str, pipe: Any) -> None:
 
 
 class Pair:
-    """Two processes of one group, kept for many calls."""
+    """Two processes of one group, kept for many calls. If one is late or dies, that call fails, and the next call
+    starts two new ones.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seed: int | None) -> None:
+        self.folder, self.seed, self.started = folder, seed, 0
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
+
+    def _start(self) -> None:
+        self.started += 1
+        rendezvous = str(self.folder / f"rendezvous{self.started}")  # an old one would lead to processes that are gone
         context = mp.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(2)]
-        self.pipes = [ours for ours, _ in pipes]
-        self.processes = [
-            context.Process(target=_serve, args=(rank, str(folder / "rendezvous"), theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self.processes:
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, rendezvous, theirs, self.seed), daemon=True)
             process.start()
+            theirs.close()  # so that the pipe ends with the process
+            self.pipes.append(ours)
+            self.processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = CALL_TIMEOUT) -> list[Any]:
-        """``function(rank, *args)`` on both; fails on an exception of either, or if one takes too long."""
+        """``function(rank, *args)`` on both; fails on an exception of either, or if one dies or takes too long."""
+        if not self.processes:
+            self._start()
+        deadline = time.monotonic() + timeout
         for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps((function, args)))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(timeout):
-                self.close()
-                pytest.fail(f"rank {rank} did not answer within {timeout} s")
-            answers.append(pickle.loads(pipe.recv_bytes()))
-        for rank, (fine, answer) in enumerate(answers):
-            assert fine, f"rank {rank}:\n{answer}"
+            with suppress(OSError):  # dead, as the answer will say
+                pipe.send_bytes(pickle.dumps((function, args)))
+        answers = [self._answer(pipe, deadline) for pipe in self.pipes]
+        if any(fine is None for fine, _ in answers):
+            self.close(patience=0)
+        words = [f"rank {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]
+        if words:
+            pytest.fail("\n".join(words))
         return [answer for _, answer in answers]
 
-    def close(self) -> None:
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
-            if process.is_alive():
+    def _answer(self, pipe: Any, deadline: float) -> tuple[bool | None, Any]:
+        """True and what was returned, False and the traceback, or None and why there is no answer."""
+        try:
+            if pipe.poll(max(0.0, deadline - time.monotonic())):
+                return pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return None, "its process died"
+        return None, "no answer in time"
+
+    def close(self, patience: float = 5) -> None:
+        for pipe in self.pipes:
+            with suppress(OSError):
                 pipe.send_bytes(pickle.dumps(None))
-        for process in self.processes:
-            process.join(5)
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            process.join(patience)
             process.kill()
+            process.join()
+            pipe.close()
+        self.processes, self.pipes = [], []
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pair = Pair(tmp_path_factory.mktemp("pair"))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair"), request.config.getoption("--rounding"))
     yield pair
     pair.close()
+
+
+def _late(rank: int) -> None:
+    if rank == 1:
+        time.sleep(10 * CALL_TIMEOUT)
+    dist.barrier()
+
+
+def _dead(rank: int) -> None:
+    if rank == 1:
+        os._exit(1)
+    dist.barrier()
+
+
+def _ranks(rank: int) -> int:
+    dist.barrier()
+    return rank
+
+
+def test_a_lost_pair_is_replaced(pair: Pair) -> None:
+    """The call that lost it fails; the next one meets two processes that know nothing of it."""
+    for function, timeout, words in ((_late, 1, "no answer in time"), (_dead, CALL_TIMEOUT, "its process died")):
+        with pytest.raises(pytest.fail.Exception, match=f"rank 1: {words}"):
+            pair(function, timeout=timeout)
+        assert pair(_ranks) == [0, 1]
 
 
 # ------------------------------------------------------------------------------------------- one layer, whole batches
@@ -640,7 +692,7 @@ def _example(processes: int) -> str:
     command += [str(root / "examples" / "train_ddp.py"), "--epochs", "1"]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

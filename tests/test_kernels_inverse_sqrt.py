@@ -59,7 +59,7 @@ def exactly(cov, grad, n_iter: int):
 
 
 def errors_of_plain_torch(cov, grad, n_iter: int) -> list[float]:
-    """In float32: the root's and the gradient's largest over a few orders of the features, as one alone may be lucky."""
+    """In float32, the root's and the gradient's: the largest over a few orders of the features, as one may be lucky."""
     orders = [[t.roll((shift, shift), (-2, -1)) for t in (cov, grad)] for shift in range(4)]
     pairs = [zip(by_reference(*o, n_iter, torch.float32), exactly(*o, n_iter), strict=True) for o in orders]
     return [max(errors) for errors in zip(*([difference(a, e) for a, e in pair] for pair in pairs), strict=True)]

@@ -190,7 +190,7 @@ def test_processes_at_the_same_time_lose_nothing():
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(600)
         assert writer.exitcode == 0
     assert len(tuning._load(path)) == 60
     assert {p.suffix for p in path.parent.iterdir()} == {".json", ".lock"}

@@ -266,6 +266,43 @@ def test_a_mean_far_from_zero_loses_nothing(pair: Pair, name: str) -> None:
         assert error <= 2 * difference(one["buffers"][i], buffer) + 1e-6
 
 
+# ------------------------------------------------------------------------------------------- batches that say little
+
+
+def _blank(rank: int, name: str, blank: tuple[int, ...]) -> list[bool]:
+    """Which buffers a step moves in which these ranks' images are blank."""
+    layer = convert_sync_deconv(_layer(name, torch.float64))
+    x = _batch(name, torch.float64)
+    layer(x)
+    before = [b.clone() for b in layer.buffers()]
+    layer(torch.zeros_like(x) if rank in blank else x.flip(0) * 3)
+    return [not torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["3x3", "1x1", "linear", "channels, all in blocks"])
+def test_a_blank_batch_counts_where_another_rank_has_data(pair: Pair, name: str) -> None:
+    assert not any(any(moved) for moved in pair(_blank, name, (0, 1)))
+    one_blank = pair(_blank, name, (1,))
+    assert one_blank[0] == one_blank[1]
+    assert all(one_blank[0][:2])
+
+
+def _plain_average(rank: int) -> tuple[Tensor, Tensor]:
+    layer = convert_sync_deconv(FastDeconv(4, 3, 3, momentum=None, dtype=torch.float64))
+    for seed in range(4):
+        layer(randn(6, 4, 9, 9, seed=seed)[_rows(rank, (4, 2))])
+    return layer.running_deconv, layer.num_updates
+
+
+def test_plain_averages_are_of_all_ranks(pair: Pair) -> None:
+    layer = FastDeconv(4, 3, 3, momentum=None, dtype=torch.float64)
+    for seed in range(4):
+        layer(randn(6, 4, 9, 9, seed=seed))
+    for root, count in pair(_plain_average):
+        assert_close(root, layer.running_deconv, TOLERANCE[torch.float64])
+        assert count == 4
+
+
 # ------------------------------------------------------------------------------------------------------- in compile
 
 

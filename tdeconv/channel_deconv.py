@@ -17,7 +17,7 @@ from tdeconv.precision import no_autocast, statistics_dtype
 from tdeconv.products import product
 
 
-class ChannelDeconv(tracing.Layer):
+class ChannelDeconv(running.Averaging):
     """Whiten an activation's channels.
 
     The first ``c = floor(C / block) * block`` channels are one ``(block, -1)`` matrix (channel ``ch`` is feature
@@ -41,6 +41,8 @@ class ChannelDeconv(tracing.Layer):
         running_mean1 ``(block, 1)``, running_deconv ``(block, block)``: of the whitened channels.
         running_mean2 ``(1, 1)``, running_var ``(1, 1)``: of the remaining ones.
         num_batches_tracked: training batches seen.
+        num_updates: ``(2)``, batches in the running statistics of the whitened channels and of the remaining ones, only
+            with ``momentum=None``.
 
     Raises:
         TypeError, ValueError: an argument or input of the wrong type, shape, dtype, device or range.
@@ -53,6 +55,7 @@ class ChannelDeconv(tracing.Layer):
     running_var: Tensor
     num_batches_tracked: Tensor
     _version = 2
+    _averages = 2
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class ChannelDeconv(tracing.Layer):
     ) -> None:
         super().__init__()
         eps, n_iter, momentum, block, sampling_stride = checks.options(eps, n_iter, momentum, block, sampling_stride)
-        self.block, self.eps, self.n_iter, self.momentum = block, eps, n_iter, momentum
+        self.block, self.eps, self.n_iter = block, eps, n_iter
         self.sampling_stride = sampling_stride
         self.backend = checks.backend(backend)
         kind = {"device": device, "dtype": checks.float_dtype(dtype)}
@@ -77,12 +80,13 @@ class ChannelDeconv(tracing.Layer):
         self.register_buffer("running_mean2", torch.empty(1, 1, **kind))
         self.register_buffer("running_var", torch.empty(1, 1, **kind))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self.momentum = momentum
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
         """Means 0, deconvolution the identity, variance 1; the next batch counts as the first."""
         with torch.no_grad():
-            for zero in (self.running_mean1, self.running_mean2, self.running_deconv, self.num_batches_tracked):
+            for zero in (self.running_mean1, self.running_mean2, self.running_deconv, *self._counts().values()):
                 zero.zero_()
             self.running_deconv.diagonal().fill_(1)
             self.running_var.fill_(1)
@@ -125,28 +129,33 @@ class ChannelDeconv(tracing.Layer):
         return self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
 
     def _statistics(self, x: Tensor, c: int, group: distributed.StatisticsGroup | None) -> tuple[list[Tensor], Tensor]:
-        """The batch's statistics, or the running ones where there are no samples; and which of them are to be counted
-        in these ``(4)``: not those of blocks that are all zero, nor those of a rest whose samples do not differ.
+        """The batch's statistics, or the running ones where there are no samples; and whether these are to count those
+        of the blocks, which must not be all zero, and those of the rest, which must differ ``(2)``.
         """
         mean, moment, rest_mean, var, samples = self._moments(x, c, group)
         eye = torch.eye(self.block, dtype=moment.dtype, device=x.device)
         root = inverse_sqrt(moment + self.eps * eye, self.n_iter, backend=self.backend)
-        seen = (samples > 0).repeat_interleave(2)
+        seen = samples > 0
         new = (mean.view(-1, 1), root, rest_mean.view(1, 1), var.view(1, 1))
         statistics = [
-            torch.where(s, n, k.to(n.dtype)) for s, n, k in zip(seen, new, self._buffers_averaged(), strict=True)
+            torch.where(seen[i // 2], n, k.to(n.dtype))
+            for i, (n, k) in enumerate(zip(new, self._buffers_averaged(), strict=True))
         ]
-        some = running.varied(torch.zeros_like(mean), moment)  # about zero, as the moment is
-        differ = running.varied(rest_mean.view(1), var.view(1, 1))
-        return statistics, seen & torch.stack([some, differ]).flatten().repeat_interleave(2)
+        some = running.tells(torch.zeros_like(mean), moment)  # about zero, as the moment is
+        differ = running.tells(rest_mean.view(1), var.view(1, 1))
+        return statistics, seen & torch.stack([some, differ.view(())])
 
     def _update(self, statistics: list[Tensor], news: Tensor) -> None:
         buffers, count = self._buffers_averaged(), self.num_batches_tracked
-        counted = [torch.where(s, n, k.to(n.dtype)) for s, n, k in zip(news, statistics, buffers, strict=True)]
-        share = running.average_share(count, counted[0].dtype)  # 1 for the first
-        if self.momentum is not None:
-            share = torch.where(count == 0, share, self.momentum)
-        count.add_(running.update_(buffers, counted, share) & news[0])
+        if self.momentum is None:
+            shares = running.average_share(self.num_updates, statistics[0].dtype)
+        else:
+            shares = torch.where(count == 0, torch.ones_like(statistics[-1]), self.momentum).expand(2, 1)
+        parts = zip((slice(0, 2), slice(2, 4)), shares, news, strict=True)
+        made = torch.stack([running.update_(buffers[at], statistics[at], share, counts) for at, share, counts in parts])
+        count.add_(made[0])
+        if self.momentum is None:
+            self.num_updates.add_(made)
 
     def _apply_statistics(self, x: Tensor, c: int, mean1: Tensor, root: Tensor, mean2: Tensor, var: Tensor) -> Tensor:
         work = root.dtype

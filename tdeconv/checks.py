@@ -181,6 +181,8 @@ def num_updates(value: Any, geo: Geometry) -> None:
     """The count that a plain average needs."""
     if value is None:
         raise ValueError("momentum=None needs num_updates, a count of batches per covariance, got None")
+    if not isinstance(value, Tensor) or value.dtype != torch.long:
+        raise TypeError(f"num_updates must be a tensor of int64, got {getattr(value, 'dtype', type(value).__name__)}")
     shape("num_updates", value, (geo.groups,))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
 from tdeconv.products import exact_products
-from tdeconv.running import varied
+from tdeconv.running import tells
 
 
 class Stages(Protocol):
@@ -100,7 +100,7 @@ def forward(
             news = torch.zeros(geo.groups, dtype=torch.bool, device=x.device)
         else:
             mean, cov = stages.patch_moments(x, geo)
-            news = varied(mean, cov)
+            news = tells(mean, cov)
             cov.diagonal(dim1=-2, dim2=-1).add_(eps)
             deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
         folded, shift = stages.fold(weight, bias, mean, deconv, geo)

@@ -21,7 +21,7 @@ from tdeconv import ops, reference, transforms
 from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
 from tdeconv.products import product
-from tdeconv.running import varied
+from tdeconv.running import tells
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -222,7 +222,7 @@ def deconvolve(
     Where ``frozen``, and where the batches of all ranks are empty, the statistics are the running ones.
     """
     mean, cov, total = patch_moments(x, geo, backend, group)
-    news = varied(mean, cov)
+    news = tells(mean, cov)
     cov = cov + eps * torch.eye(geo.features, dtype=cov.dtype, device=cov.device)
     root = reference.inverse_sqrt(cov, n_iter) if backend == "reference" else ops.inverse_sqrt(cov, n_iter, backend)[0]
     if running is not None:

@@ -409,8 +409,6 @@ def _layer(
         name = transforms.backend_for(choice)
         transforms.no_vmap_in_training()
         kept = None if running_mean is None or running_deconv is None else (running_mean, running_deconv)
-        if group is None:
-            _warn_of_one_sample(x, geo)
         if group is not None:
             y, *new, news = distributed.deconvolve(x, weight, bias, kept, frozen, geo, eps, n_iter, name, group)
         elif name == "reference":
@@ -419,16 +417,12 @@ def _layer(
         else:
             old = (None, None) if frozen is None or kept is None else kept
             y, *new, _, _, _, news = ops.deconvolve(x, weight, bias, *old, frozen, geo.pack(), eps, n_iter, name)
+        running.warn_if_nothing_is_told(news, frozen)
         if kept is not None and momentum is not None:
             running.update_(kept, new, momentum, news)
         elif kept is not None and num_updates is not None:
             num_updates.add_(running.update_(kept, new, running.average_share(num_updates, new[0].dtype), news))
     return y.to(dtype)
-
-
-def _warn_of_one_sample(x: Tensor, geo: Geometry) -> None:
-    if not torch.compiler.is_compiling() and geo.patches(x.shape[0], tuple(x.shape[2:])) * geo.pooled == 1:
-        running.warn_of_one_sample()
 
 
 def _needs_no_statistics(x: Tensor, frozen: Tensor | None, group: distributed.StatisticsGroup | None) -> bool:

@@ -14,7 +14,7 @@ from tdeconv.functional import fold_deconv
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
-from tdeconv.tracing import sizes
+from tdeconv.tracing import has_own_forward, sizes
 
 _CONVS: dict[type, Any] = {FastDeconv1d: nn.Conv1d, FastDeconv: nn.Conv2d, FastDeconv3d: nn.Conv3d}
 _LAYERS = (*_CONVS, Delinear, ChannelDeconv)
@@ -38,7 +38,8 @@ def fuse_deconv_eval(model: Model) -> Model:
 
     Raises:
         TypeError: the model is no ``nn.Module``, or is a ScriptModule.
-        ValueError: the model, or a deconvolution layer in it, is in training mode.
+        ValueError: the model, or a deconvolution layer in it, is in training mode; or a layer is of a subclass with a
+            forward of its own.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}")
@@ -47,6 +48,12 @@ def fuse_deconv_eval(model: Model) -> Model:
     if training is not None:
         where = f"its layer {training!r}" if training else "it"
         raise ValueError(f"model must be in evaluation mode, but {where} is in training mode; call model.eval() first")
+    own = next((name for name, layer in layers.items() if has_own_forward(layer)), None)
+    if own is not None:
+        raise ValueError(
+            f"model must have the package's own deconvolution layers, but its layer {own!r} has a forward of its own, "
+            "which would be lost"
+        )
     # what deepcopy finds in its memo it takes for copied already: every reference to a layer gets the folded one
     with torch.inference_mode(False), torch.no_grad():
         folded = {id(layer): _fold(layer) for layer in layers.values()}

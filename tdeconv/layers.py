@@ -16,37 +16,17 @@ from tdeconv import checks
 from tdeconv import functional as TF
 from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
-from tdeconv.tracing import Layer
+from tdeconv.running import Averaging
 
 
-class _RunningStatistics(Layer):
+class _WeightLayer(Averaging):
     """What the layers with a weight share: a running mean and a running root."""
 
     track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
     process_group: StatisticsGroup | None = None  # whose ranks' statistics these are: see convert_sync_deconv
-    weight: Tensor
     running_mean: Tensor
-    running_deconv: Tensor
-    num_updates: Tensor  # with momentum=None
     num_batches_tracked: Tensor  # with freeze
     _version = 2  # of the state_dict: the paper's code, which counts nothing in a buffer, writes 1
-
-    @property
-    def momentum(self) -> float | None:
-        """Share of a batch's statistics in the running ones. Set to None, these become the plain average of the batches
-        from then on (the next one replaces what there was), and the layer gets the buffer ``num_updates``.
-        """
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, value: float | None) -> None:
-        if value is None and "num_updates" not in self._buffers:
-            covariances = getattr(self, "groups", 1)
-            counts = torch.zeros(covariances, dtype=torch.long, device=self.weight.device)
-            self.register_buffer("num_updates", counts)
-        elif value is not None and "num_updates" in self._buffers:
-            del self.num_updates
-        self._momentum = value
 
     def reset_running_stats(self) -> None:
         """Mean 0, deconvolution the identity, all counts 0: freezing begins anew, and so does a plain average."""
@@ -62,18 +42,8 @@ class _RunningStatistics(Layer):
         if "running_deconv" in self._buffers:  # not yet, when torch's constructor calls this
             self.reset_running_stats()
 
-    def _counts(self) -> dict[str, Tensor]:
-        return {name: b for name, b in self._buffers.items() if b is not None and name.startswith("num_")}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a checkpoint of the paper's code counts nothing: start at 0, on the device of a weight that is to be assigned
-        for name, counts in self._counts().items():
-            device = state_dict.get(prefix + "weight", counts).device if counts.is_meta else counts.device
-            state_dict.setdefault(prefix + name, torch.zeros(counts.shape, dtype=counts.dtype, device=device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _FastDeconvNd(_RunningStatistics, _ConvNd):
+class _FastDeconvNd(_WeightLayer, _ConvNd):
     """What the convolution layers of every rank share; ``_rank`` is the number of spatial axes."""
 
     _rank: int
@@ -127,10 +97,10 @@ class _FastDeconvNd(_RunningStatistics, _ConvNd):
             device=device,
             dtype=checks.float_dtype(dtype),
         )
-        self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
+        self.eps, self.n_iter = eps, n_iter
         self.block = resolve_block(block, in_channels, groups)
         self.sampling_stride, self.samples_per_feature = sampling_stride, samples_per_feature
-        self.freeze, self.freeze_iter = freeze, freeze_iter
+        self.freeze, self.freeze_iter = bool(freeze), freeze_iter
         self.grouping = checks.grouping(grouping)
         self.backend = checks.backend(backend)
         taps = self.weight[0, 0].numel()
@@ -142,6 +112,7 @@ class _FastDeconvNd(_RunningStatistics, _ConvNd):
         if freeze:
             steps = torch.zeros((), dtype=torch.long, device=self.weight.device)
             self.register_buffer("num_batches_tracked", steps)
+        self._averages, self.momentum = groups, momentum
         self.reset_running_stats()
 
     def _frozen(self) -> Tensor | None:
@@ -287,7 +258,7 @@ class FastDeconv3d(_FastDeconvNd):
     _rank = 3
 
 
-class Delinear(_RunningStatistics, nn.Linear):
+class Delinear(_WeightLayer, nn.Linear):
     """Fully connected layer over whitened features.
 
     The features are split into contiguous runs of ``block`` that share one mean and covariance.
@@ -329,11 +300,12 @@ class Delinear(_RunningStatistics, nn.Linear):
         in_features = checks.positive_int("in_features", in_features)
         out_features = checks.positive_int("out_features", out_features)
         super().__init__(in_features, out_features, bias, device, checks.float_dtype(dtype))
-        self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
+        self.eps, self.n_iter = eps, n_iter
         self.block = resolve_block(block, in_features)
         self.backend = checks.backend(backend)
         self.register_buffer("running_mean", self.weight.new_empty(self.block))
         self.register_buffer("running_deconv", self.weight.new_empty(self.block, self.block))
+        self.momentum = momentum
         self.reset_running_stats()
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -355,4 +327,9 @@ class Delinear(_RunningStatistics, nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}"
+        extra = [super().extra_repr(), f"block={self.block}", f"n_iter={self.n_iter}"]
+        if self.eps != 1e-5:
+            extra.append(f"eps={self.eps}")
+        if self.momentum != 0.1:
+            extra.append(f"momentum={self.momentum}")
+        return ", ".join(extra)

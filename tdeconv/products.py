@@ -43,7 +43,8 @@ def exact_products() -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 for switch, was in _turned:
-                    switch.fp32_precision = was
+                    if switch.fp32_precision == "ieee":  # else another thread has set it meanwhile
+                        switch.fp32_precision = was
 
 
 def _lowered() -> bool:

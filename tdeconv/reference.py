@@ -24,7 +24,7 @@ from tdeconv.geometry import Geometry
 from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
 from tdeconv.products import product
-from tdeconv.running import varied
+from tdeconv.running import tells
 
 
 def im2col(x: Tensor, geo: Geometry) -> Tensor:
@@ -158,7 +158,7 @@ def deconvolve(
     root: where it is true, those are the statistics, and no news.
     """
     mean, cov = patch_moments(x, geo)
-    news = varied(mean, cov)
+    news = tells(mean, cov)
     eye = torch.eye(geo.features, dtype=cov.dtype, device=cov.device)
     deconv = inverse_sqrt(cov + eps * eye, n_iter)
     if frozen is not None:

@@ -8,11 +8,47 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdeconv.tracing import has_value
+from tdeconv.tracing import Layer, has_value
+
+
+class Averaging(Layer):
+    """A layer with running statistics: their momentum, and what is counted for them."""
+
+    _averages = 1  # how many are counted apart
+    _momentum: float | None
+    running_deconv: Tensor
+    num_updates: Tensor  # with momentum=None
+
+    @property
+    def momentum(self) -> float | None:
+        """Share of a batch's statistics in the running ones. Set to None, these become the plain average of the batches
+        from then on (the next one replaces what there was), and the layer gets the buffer ``num_updates``.
+        """
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        if value is None and "num_updates" not in self._buffers:
+            counts = torch.zeros(self._averages, dtype=torch.long, device=self.running_deconv.device)
+            self.register_buffer("num_updates", counts)
+        elif value is not None and "num_updates" in self._buffers:
+            del self.num_updates
+        self._momentum = value
+
+    def _counts(self) -> dict[str, Tensor]:
+        return {name: b for name, b in self._buffers.items() if b is not None and name.startswith("num_")}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a checkpoint that does not count starts at 0, on the device of the statistics that are to be assigned
+        for name, counts in self._counts().items():
+            device = state_dict.get(prefix + "running_deconv", counts).device if counts.is_meta else counts.device
+            state_dict.setdefault(prefix + name, torch.zeros(counts.shape, dtype=counts.dtype, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @functools.cache
@@ -25,25 +61,35 @@ def _warn_once() -> None:
     )
 
 
-# The mean of M equal values is off by log2(M) roundings at most: this many are for any number of samples.
-_ROUNDINGS = 32
+# By which the mean of equal values is off at most: up to 5.3 were seen, for all numbers of them up to 5 million.
+_ROUNDINGS = 8
 
 
-def varied(mean: Tensor, cov: Tensor) -> Tensor:
-    """``(b)``: whether the samples of each covariance differed by more than rounding, from their mean ``(b, D)`` and
-    covariance ``(b, D, D)`` (no eps added). True of NaN, which :func:`update_` refuses.
+def tells(mean: Tensor, cov: Tensor) -> Tensor:
+    """``(b)``: whether each covariance tells something of the data, from the mean ``(b, D)`` and the covariance
+    ``(b, D, D)`` (no eps added).
+
+    It does not if no feature's samples differ by more than rounding: its inverse root would be that of eps. Nor if its
+    norm overflows, which makes the root zero. True of NaN and infinity, which :func:`update_` refuses.
     """
-    variances = cov.detach().diagonal(dim1=-2, dim2=-1)
-    rounding = _ROUNDINGS * torch.finfo(mean.dtype).eps * mean.detach().abs().amax(-1)
-    return ~(variances.amax(-1).sqrt() <= rounding)
+    variances, info = cov.detach().diagonal(dim1=-2, dim2=-1), torch.finfo(cov.dtype)
+    constant = (variances.sqrt() <= _ROUNDINGS * info.eps * mean.detach().abs()).all(-1)
+    total = variances.sum(-1)
+    return ~(constant | ((total > info.max**0.5) & total.isfinite()))
+
+
+def warn_if_nothing_is_told(news: Tensor, frozen: Tensor | None) -> None:
+    """Once, where Python can look without waiting for a device; a frozen step counts nothing anyway."""
+    if news.device.type == "cpu" and has_value(news) and not news.any() and not (frozen is not None and frozen):
+        _warn_of_nothing()
 
 
 @functools.cache
-def warn_of_one_sample() -> None:
+def _warn_of_nothing() -> None:
     warnings.warn(
-        "a deconvolution layer in training was given a batch with a single sample for its covariance, which is then "
-        "zero and has the inverse root of eps alone; the running statistics stay as they are. Use larger batches or "
-        "inputs, or a smaller sampling_stride",
+        "a deconvolution layer in training was given a batch without variation (a single sample, or equal ones), or "
+        "with values too large for its dtype; the running statistics stay as they are. A single sample comes of a "
+        "small batch or input, or of a large sampling_stride",
         RuntimeWarning,
         stacklevel=4,
     )

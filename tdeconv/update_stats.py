@@ -27,7 +27,9 @@ def update_stats(model: Model, loader: Iterable[Any], device: Any = None) -> Mod
     everything, if the pass fails. A layer that no batch reaches keeps its statistics.
 
     Args:
-        model: changed in place. Every rank of a model with :func:`tdeconv.convert_sync_deconv` has to call this.
+        model: changed in place. Every rank of a model with :func:`tdeconv.convert_sync_deconv` has to call this. Other
+            ranks of a ``DistributedDataParallel`` model (pass its ``module``) would average their own data: call it on
+            one of them, and broadcast the buffers.
         loader: its batches are tensors, tuples or lists whose first item is the input, or mappings of the model's
             keyword arguments. Batches as large as in training give the statistics that training had.
         device: where to move them to; None leaves them where they are.
@@ -72,43 +74,57 @@ def _run(model: nn.Module, batch: Any, device: Any) -> None:
     model(move(x))
 
 
+class _Kept:
+    """What a layer was like before: its options and its buffers."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.momentum, self.freeze = layer, layer.momentum, getattr(layer, "freeze", None)
+        self.buffers = {name: b.clone() for name, b in layer.named_buffers(recurse=False)}
+
+    def put_back(self, buffers: bool) -> None:
+        """The options, the counters that no batch has reached, and, if asked for, all ``buffers``."""
+        for name, count in _counts(self.layer).items():
+            if name in self.buffers:
+                count.copy_(torch.where(count == 0, self.buffers[name], count))
+        self.layer.momentum = self.momentum
+        if self.freeze is not None:
+            self.layer.freeze = self.freeze
+        for name, value in self.buffers.items() if buffers else ():
+            self.layer.get_buffer(name).copy_(value)
+
+
 @contextmanager
 def _averaging(model: nn.Module, layers: list[Any]) -> Iterator[None]:
     """Within the block, the layers average all batches from none on; after an exception they have what they had."""
     modes = {module: module.training for module in model.modules()}
-    options = [(layer, layer.momentum, getattr(layer, "freeze", None)) for layer in layers]
-    kept = [(layer, {name: b.clone() for name, b in layer.named_buffers(recurse=False)}) for layer in layers]
-
-    def put_back() -> None:
-        for layer, momentum, freeze in options:
-            layer.momentum = momentum
-            if freeze is not None:
-                layer.freeze = freeze
-        for module, training in modes.items():
-            module.training = training
-
+    kept = [_Kept(layer) for layer in layers]
+    failed = True
     try:
         model.eval()
         for layer in layers:
             _start(layer)
         yield
-    except BaseException:
-        put_back()
-        for layer, buffers in kept:
-            for name, value in buffers.items():
-                layer.get_buffer(name).copy_(value)
-        raise
-    put_back()
+        failed = False
+    finally:
+        for one in kept:
+            one.put_back(buffers=failed)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _start(layer: Any) -> None:
     """The next batch replaces the running statistics, those behind it are averaged."""
     layer.train()
     layer.momentum = None
-    count = layer._buffers.get("num_updates")
     if hasattr(layer, "freeze"):
-        layer.freeze = False  # the other counter, num_batches_tracked, is freezing's, and stands still
-    elif count is None:
-        count = layer.num_batches_tracked
-    if count is not None:
+        layer.freeze = False
+    for count in _counts(layer).values():
         count.zero_()
+
+
+def _counts(layer: Any) -> dict[str, Tensor]:
+    """The counters of an average; with ``freeze``, ``num_batches_tracked`` is freezing's, and stands still."""
+    counts = {name: layer._buffers.get(name) for name in ("num_updates", "num_batches_tracked")}
+    if hasattr(layer, "freeze"):
+        del counts["num_batches_tracked"]
+    return {name: count for name, count in counts.items() if count is not None}

@@ -197,6 +197,19 @@ def test_the_setting_comes_back():
         SWITCH.fp32_precision = "none"
 
 
+def test_a_setting_that_another_thread_makes_meanwhile_stays():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_products():
+            thread = threading.Thread(target=torch.set_float32_matmul_precision, args=("high",))
+            thread.start()
+            thread.join()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        SWITCH.fp32_precision = "none"
+
+
 def test_threads_share_the_switch():
     """It is the process's: as long as any thread needs exact products, they are, and then the setting is back."""
     torch.set_float32_matmul_precision("medium")

@@ -9,7 +9,7 @@ import torch
 
 from helpers import assert_close, randn
 from tdeconv import running
-from tdeconv.running import average_share, update_, varied
+from tdeconv.running import average_share, tells, update_
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 
@@ -74,21 +74,34 @@ def test_a_bad_value_that_is_no_news_is_no_harm():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 2, 1000, 100_003])
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e-20, 1e20, 1e4])
-def test_equal_samples_do_not_vary(dtype, count, value):
+def test_equal_samples_tell_nothing(dtype, count, value):
     """Whatever their mean's rounding."""
     samples = torch.full((count, 3), value, dtype=dtype)
     mean = samples.mean(0)
     centred = samples - mean
     cov = centred.T @ centred / count
-    assert varied(mean[None], cov[None]).tolist() == [False]
+    assert tells(mean[None], cov[None]).tolist() == [False]
 
 
-def test_samples_that_differ_vary():
-    """Also by little, by much more than the mean's rounding; and what is not finite is for the update to refuse."""
-    mean = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [float("nan"), 0.0], [1e30, 0.0]])
-    cov = torch.zeros(5, 2, 2)
-    cov[:, 0, 0] = torch.tensor([1e-9, 1e-30, 0.0, float("nan"), float("inf")])
-    assert varied(mean, cov).tolist() == [True, True, False, True, True]
+def test_any_feature_that_differs_tells():
+    """Beside one of any size, and by little, but more than its own rounding."""
+    mean = torch.tensor([[1e9, 0.0], [0.0, 0.0], [0.0, 1e3], [1.0, 1e5]])
+    cov = torch.diag_embed(torch.tensor([[0.0, 1.0], [1e-30, 0.0], [0.0, 3e-3**2], [1e-14, 0.05**2]]))
+    assert tells(mean, cov).tolist() == [True, True, True, False]
+
+
+def test_what_is_not_finite_is_for_the_update_to_refuse():
+    mean, cov = torch.tensor([[float("nan"), 0.0], [1e30, 0.0]]), torch.zeros(2, 2, 2)
+    cov[:, 0, 0] = torch.tensor([float("nan"), float("inf")])
+    assert tells(mean, cov).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_covariance_whose_norm_overflows_tells_nothing(dtype):
+    """Its root is zero, and finite."""
+    most = torch.finfo(dtype).max ** 0.5
+    cov = torch.eye(2, dtype=dtype) * torch.tensor([0.4 * most, 2 * most], dtype=dtype).view(2, 1, 1)
+    assert tells(torch.zeros(2, 2, dtype=dtype), cov).tolist() == [True, False]
 
 
 def test_a_plain_average_is_one():

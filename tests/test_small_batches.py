@@ -168,6 +168,33 @@ def test_nothing_is_read_on_the_host():
     torch._dynamo.reset()
 
 
+@BACKEND
+@pytest.mark.parametrize("constant", [1e3, -1e9])
+def test_a_constant_feature_hides_no_other(constant, backend):
+    """Each is judged by its own size."""
+    layer = Delinear(2, 1, backend=backend)
+    for seed in range(60):
+        layer(torch.stack([torch.full((256,), constant), randn(256, dtype=torch.float32, seed=seed)], 1))
+    assert_close(layer.running_mean[0], torch.tensor(constant) * (1 - 0.9**60), 1e-5)
+
+
+@BACKEND
+def test_a_small_variation_is_one(backend):
+    """Air pressure in Pascal: its spread is some 40 steps of float32 there."""
+    layer = FastDeconv(1, 4, 3, backend=backend)
+    for seed in range(60):
+        layer(101325 + 0.3 * randn(16, 1, 20, 20, dtype=torch.float32, seed=seed))
+    assert_close(layer.running_mean, torch.full((9,), 101325 * (1 - 0.9**60)), 1e-5)
+
+
+@BACKEND
+def test_values_whose_squares_overflow_are_not_counted(backend):
+    layer = trained("3x3", backend)
+    before = running_values(layer)
+    layer(batch("3x3") * 1e11)
+    assert_unmoved(layer, before)
+
+
 # --------------------------------------------------------------------------------------------------------- one sample
 
 
@@ -177,12 +204,13 @@ def test_nothing_is_read_on_the_host():
         (lambda: Delinear(6, 2), (1, 6)),
         (lambda: FastDeconv(3, 2, 3), (1, 3, 4, 4)),
         (lambda: FastDeconv(4, 4, 1, groups=2), (9, 4, 1, 1)),
+        (lambda: FastDeconv(3, 2, 3, freeze=True), (1, 3, 4, 4)),
     ],
 )
 def test_one_sample_warns_once(make, shape):
-    running.warn_of_one_sample.cache_clear()
+    running._warn_of_nothing.cache_clear()
     layer = make()
-    with pytest.warns(RuntimeWarning, match="single sample for its covariance"):
+    with pytest.warns(RuntimeWarning, match=r"batch without variation \(a single sample, or equal ones\)"):
         layer(torch.randn(shape))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -196,13 +224,19 @@ def test_one_sample_warns_once(make, shape):
         (lambda: FastDeconv(3, 2, 3), (2, 3, 4, 4)),
         (lambda: FastDeconv(3, 2, 3).eval(), (1, 3, 4, 4)),
         (lambda: FastDeconv(3, 2, 3), (0, 3, 4, 4)),
+        (lambda: frozen(FastDeconv(3, 2, 3, freeze=True)), (1, 3, 4, 4)),
     ],
 )
 def test_more_samples_or_none_warn_of_nothing(make, shape):
-    running.warn_of_one_sample.cache_clear()
+    running._warn_of_nothing.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make()(torch.randn(shape))
+
+
+def frozen(layer: FastDeconv) -> FastDeconv:
+    layer.num_batches_tracked.fill_(500)
+    return layer
 
 
 # -------------------------------------------------------------------------------------------------------- few samples

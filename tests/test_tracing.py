@@ -256,3 +256,21 @@ def test_make_fx_records_a_layer(name: str, mode: Any, training: bool) -> None:
     layer.train(training)
     recorded = make_fx(layer, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
     assert_close(recorded(x), layer(x), F32)
+
+
+class Doubled(FastDeconv):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("how", ["subclass", "patched"])
+def test_a_forward_of_its_own_is_refused_not_run_twice(how):
+    layer = Doubled(3, 4, 3) if how == "subclass" else FastDeconv(3, 4, 3)
+    if how == "patched":
+        own = layer.forward
+        layer.forward = lambda input: 2 * own(input)
+    model = nn.Sequential(layer).eval()
+    with pytest.raises(RuntimeError, match="at '0' twice, which has a forward of its own"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(ValueError, match="its layer '0' has a forward of its own, which would be lost"):
+        tdeconv.fuse_deconv_eval(model)

@@ -283,6 +283,50 @@ def test_a_layer_that_is_not_reached_keeps_its_statistics():
     assert_averages(net.used, data)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LAYERS["linear"][0](momentum=None),
+        lambda: ChannelDeconv(4, dtype=torch.float64),
+        lambda: ChannelDeconv(4, momentum=None, dtype=torch.float64),
+        lambda: nn.BatchNorm1d(12, momentum=None, dtype=torch.float64),
+    ],
+)
+@pytest.mark.parametrize("blank", [False, True])
+def test_an_average_goes_on_after_a_pass_that_has_not_reached_it(make, blank):
+    """Nor have blank batches."""
+    layer, data = make(), batches(20, 12, count=4)
+    for x in data[:3]:
+        layer(x)
+    other = copy.deepcopy(layer)
+    if blank and not isinstance(layer, nn.BatchNorm1d):
+        update_stats(layer, [torch.zeros_like(data[0])])
+    elif not blank:
+        net = LAYERS["linear"][0]()
+        net.unused = layer
+        update_stats(net, data)
+    layer(data[3])
+    other(data[3])
+    for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("part", [slice(0, 8), slice(8, 10)], ids=["blocks", "rest"])
+def test_channel_deconv_counts_its_two_parts_apart(part):
+    data = batches(6, 10, 7, 7, count=4)
+    layer, other = (ChannelDeconv(4, momentum=None, dtype=torch.float64) for _ in range(2))
+    dead = data[0].clone()
+    dead[:, part] = 0
+    for x in (dead, *data[1:]):
+        layer(x)
+    for x in data[1:]:
+        other(x)
+    names = ("running_mean1", "running_deconv") if part.start == 0 else ("running_mean2", "running_var")
+    for name in names:
+        assert torch.equal(getattr(layer, name), getattr(other, name))
+    assert layer.num_updates.tolist() == ([3, 4] if part.start == 0 else [4, 3])
+
+
 def test_averaged_weights_get_statistics_of_their_own():
     """The recipe of the README."""
     torch.manual_seed(0)

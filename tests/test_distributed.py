@@ -189,8 +189,9 @@ def _rows(rank: int, split: tuple[int, int]) -> slice:
 
 
 def _steps(layer: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, rows: slice) -> dict[str, Any]:
-    """Two training steps on these rows of the whole batch ``x``, the second with its images in reverse order."""
-    for whole in (x, x.flip(0)):
+    """Three training steps on these rows of the whole batch ``x``, the second with its images in reverse order. In the
+    third the freezing layer is frozen."""
+    for whole in (x, x.flip(0), x):
         own = whole[rows].clone().requires_grad_()
         module.zero_grad()
         y = layer(own)
@@ -367,8 +368,8 @@ def _count_collectives(rank: int) -> dict[str, int]:
         counts[f"{name}, evaluation"] = _collectives(lambda layer=layer, x=x: layer(x).sum().backward())
     frozen = convert_sync_deconv(_layer("frozen", torch.float64))
     x = _batch("frozen", torch.float64, 2)
-    counts["first step of a frozen layer"] = _collectives(lambda: frozen(x))
-    counts["its second"] = _collectives(lambda: frozen(x))
+    for step in ("first", "second", "third"):
+        counts[f"{step} step of a freezing layer"] = _collectives(lambda: frozen(x))
     return counts
 
 
@@ -377,7 +378,7 @@ def test_one_collective_each_way(pair: Pair) -> None:
     for name in ("3x3", "linear", "channels"):
         expected |= {f"{name}, forward": 1, f"{name}, forward and backward": 2}
         expected |= {f"{name}, of data": 1, f"{name}, evaluation": 0}
-    expected |= {"first step of a frozen layer": 1, "its second": 0}
+    expected |= {f"{step} step of a freezing layer": n for step, n in (("first", 1), ("second", 1), ("third", 0))}
     assert pair(_count_collectives) == [expected, expected]
 
 

@@ -22,7 +22,7 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 def _block(backend: str = "torch", freeze: bool = True) -> nn.Sequential:
-    """Its first layer takes statistics in two of every twenty steps: a few steps cross the end of that phase."""
+    """Its first layer takes statistics in three of every twenty steps: a few steps cross the end of that phase."""
     torch.manual_seed(0)
     kind: dict[str, Any] = {"backend": backend, "dtype": torch.float64}
     return nn.Sequential(

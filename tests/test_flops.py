@@ -56,12 +56,12 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_module_counts_as_the_reference(name: str) -> None:
-    """Two steps, of which a freezing layer's second is frozen, and an evaluation."""
+    """Three steps, of which a freezing layer's third is frozen, and an evaluation."""
     make, shape = LAYERS[name]
     found = {}
     for backend in ("torch", "reference"):
         layer, x = make(backend=backend), torch.randn(shape, requires_grad=True)
-        steps = [forward_and_backward(lambda layer=layer, x=x: layer(x)) for _ in range(2)]
+        steps = [forward_and_backward(lambda layer=layer, x=x: layer(x)) for _ in range(3)]
         layer.eval()
         found[backend] = [*steps, forward_and_backward(lambda layer=layer, x=x: layer(x))]
     assert found["torch"] == found["reference"]

@@ -42,7 +42,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def imitate(seed: int) -> None:
     """From now on in this process, round as the CPU of this number would."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Overriding a previously registered kernel")  # which is what is meant
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # of replacing, which is meant
         _replace(_library(), seed)
     np.matmul = functools.partial(_matmul, np.matmul, f"{seed} numpy")
 

@@ -17,13 +17,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8")
 def test_code_runs(code: str, tmp_path: Path) -> None:
     """In a process of its own, outside the tree, as a reader would run it."""
     command = [sys.executable, "-c", code]
-<<<<<<< HEAD
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=1200
-    )  # a busy machine is slow
-=======
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)  # of a busy machine
->>>>>>> wt-tests
     assert result.returncode == 0, result.stderr
 
 

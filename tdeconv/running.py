@@ -73,7 +73,8 @@ def tells(mean: Tensor, cov: Tensor) -> Tensor:
     norm overflows, which makes the root zero. True of NaN and infinity, which :func:`update_` refuses.
     """
     variances, info = cov.detach().diagonal(dim1=-2, dim2=-1), torch.finfo(cov.dtype)
-    constant = (variances.sqrt() <= _ROUNDINGS * info.eps * mean.detach().abs()).all(-1)
+    spread = variances.clamp(min=0).sqrt()  # rounding may leave less than nothing of a variance
+    constant = (spread <= _ROUNDINGS * info.eps * mean.detach().abs()).all(-1)
     total = variances.sum(-1)
     return ~(constant | ((total > info.max**0.5) & total.isfinite()))
 

@@ -417,21 +417,24 @@ def _layer(
         else:
             old = (None, None) if frozen is None or kept is None else kept
             y, *new, _, _, _, news = ops.deconvolve(x, weight, bias, *old, frozen, geo.pack(), eps, n_iter, name)
-        running.warn_if_nothing_is_told(news, frozen)
-        if kept is not None and momentum is not None:
+        if kept is None or _is_frozen(frozen):
+            return y.to(dtype)
+        if momentum is not None:
             running.update_(kept, new, momentum, news)
-        elif kept is not None and num_updates is not None:
+        elif num_updates is not None:
             num_updates.add_(running.update_(kept, new, running.average_share(num_updates, new[0].dtype), news))
     return y.to(dtype)
 
 
 def _needs_no_statistics(x: Tensor, frozen: Tensor | None, group: distributed.StatisticsGroup | None) -> bool:
     """A training step that takes no statistics of its own: of no images, or of a frozen layer on many processes, which
-    spare the collective (but not in a compiled graph, which holds both, nor where ``frozen`` has no value to look at).
-    Other backends look at ``frozen`` themselves.
+    spare the collective (but not in a compiled graph, which holds both). Other backends look at ``frozen`` themselves.
     """
-    if group is None:
-        return x.shape[0] == 0
+    return x.shape[0] == 0 if group is None else _is_frozen(frozen)
+
+
+def _is_frozen(frozen: Tensor | None) -> bool:
+    """Whether it is known to be a frozen step; False where ``frozen`` has no value to look at."""
     return frozen is not None and tracing.has_value(frozen) and bool(frozen)
 
 

@@ -72,17 +72,10 @@ def tells(mean: Tensor, cov: Tensor) -> Tensor:
     It does not if no feature's samples differ by more than rounding: its inverse root would be that of eps. Nor if its
     norm overflows, which makes the root zero. True of NaN and infinity, which :func:`update_` refuses.
     """
-    variances, info = cov.detach().diagonal(dim1=-2, dim2=-1), torch.finfo(cov.dtype)
-    spread = variances.clamp(min=0).sqrt()  # rounding may leave less than nothing of a variance
-    constant = (spread <= _ROUNDINGS * info.eps * mean.detach().abs()).all(-1)
+    variances, info = cov.diagonal(dim1=-2, dim2=-1), torch.finfo(cov.dtype)
+    constant = (variances <= (mean * (_ROUNDINGS * info.eps)).square()).all(-1)
     total = variances.sum(-1)
-    return ~(constant | ((total > info.max**0.5) & total.isfinite()))
-
-
-def warn_if_nothing_is_told(news: Tensor, frozen: Tensor | None) -> None:
-    """Once, where Python can look without waiting for a device; a frozen step counts nothing anyway."""
-    if news.device.type == "cpu" and has_value(news) and not news.any() and not (frozen is not None and frozen):
-        _warn_of_nothing()
+    return ~(constant | ((total >= info.max**0.5) & (total < torch.inf)))
 
 
 @functools.cache
@@ -119,9 +112,11 @@ def update_(
     asked = new[0].device.type == "cpu" and has_value(new[0])  # on a GPU, asking would wait
     some = news
     if asked and news is not None:
-        if not news.any():
+        told = int(news.sum())
+        if not told:
+            _warn_of_nothing()
             return news
-        some = None if news.all() else news
+        some = None if told == news.numel() else news
     updated = []
     for r, n in zip(running, new, strict=True):
         n = n.detach()

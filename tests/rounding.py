@@ -3,8 +3,8 @@
 Libraries add up in an order of their own, which depends on the CPU: what cancels to 0 in one of them is a few ulps of
 its terms in another. Tests must hold with all of them. So each result is moved by up to half an ``eps`` of the same
 result of the absolute values, about what another order of summation changes: where terms cancel, that follows the
-terms' size and not the result's. How far each value moves depends on the operator, the shape and the seed alone: as in
-a library, the same call gives the same bits twice.
+terms' size and not the result's. How far each value moves depends on the result and the seed alone: as in a library,
+the same call gives the same bits twice.
 
 The kernels are replaced in torch's dispatcher: below autograd, the custom operators and compiled graphs. So is NumPy's
 product, with which Triton's interpreter runs the project's kernels.
@@ -70,12 +70,12 @@ def _sum(kernel: Any, value: Any, key: str, keyset: Any, *args: Any, **kwargs: A
     factors = {name: _magnitude(v) for name, v in kwargs.items() if name != "out"}
     sizes = value.call_boxed(keyset, *map(_magnitude_of_tensor, args), **factors)
     results = kernel.call_boxed(keyset, *args, **kwargs)
-    for i, (result, size) in enumerate(zip(_listed(results), _listed(sizes), strict=True)):
+    for result, size in zip(_listed(results), _listed(sizes), strict=True):
         if result is None or not result.is_floating_point() or _one_term(key, args[0], result):
             continue
         if result.dtype in HALVES:  # added up in float32: only the last rounding may be another
             size = result.abs()
-        result.add_(size * _random(result.shape, result.dtype, f"{key} {i}") * (torch.finfo(result.dtype).eps / 2))
+        result.add_(size * _random(result, key) * (torch.finfo(result.dtype).eps / 2))
     return results
 
 
@@ -104,7 +104,7 @@ def _one_term(key: str, first: Tensor, result: Tensor) -> bool:
 def _eigh(kernel: Any, key: str, keyset: Any, a: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The decomposition of a neighbour, as LAPACK's is: equal eigenvalues have any vectors that span the same."""
     if a.numel():
-        r = _random(a.shape, a.dtype, key)
+        r = _random(a, key)
         a = a + (r + r.mT) * a.abs().amax((-2, -1), keepdim=True) * (torch.finfo(a.dtype).eps / 2)
     return kernel.call_boxed(keyset, a, *args, **kwargs)
 
@@ -113,11 +113,12 @@ def _matmul(kernel: Any, key: str, a: Any, b: Any, **kwargs: Any) -> Any:
     result = kernel(a, b, **kwargs)
     if result.dtype not in (np.float32, np.float64):
         return result
-    r = _random(result.shape, torch.float64, key).numpy().astype(result.dtype)
+    r = _random(torch.from_numpy(result), key).numpy()
     return result + kernel(np.abs(a), np.abs(b), **kwargs) * r * (np.finfo(result.dtype).eps / 2)
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Tensor:
-    """Between -1 and 1; the same for the same arguments."""
-    g = torch.Generator().manual_seed(zlib.crc32(f"{key} {tuple(shape)}".encode()))
-    return torch.rand(shape, generator=g, dtype=dtype) * 2 - 1
+def _random(result: Tensor, key: str) -> Tensor:
+    """Numbers between -1 and 1 of its shape and dtype, the same for the same values."""
+    values = result.reshape(-1).view(torch.uint8).numpy().tobytes()
+    g = torch.Generator().manual_seed(zlib.crc32(values, zlib.crc32(key.encode())))
+    return torch.rand(result.shape, generator=g, dtype=result.dtype) * 2 - 1

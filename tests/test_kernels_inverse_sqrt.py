@@ -59,10 +59,12 @@ def exactly(cov, grad, n_iter: int):
 
 
 def errors_of_plain_torch(cov, grad, n_iter: int) -> list[float]:
-    """In float32, the root's and the gradient's: the largest over a few orders of the features, as one may be lucky."""
-    orders = [[t.roll((shift, shift), (-2, -1)) for t in (cov, grad)] for shift in range(4)]
-    pairs = [zip(by_reference(*o, n_iter, torch.float32), exactly(*o, n_iter), strict=True) for o in orders]
-    return [max(errors) for errors in zip(*([difference(a, e) for a, e in pair] for pair in pairs), strict=True)]
+    """In float32, the root's and the gradient's: the largest of the covariance at a few scales, as one may be lucky."""
+    errors = []
+    for scale in (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7):
+        pair = by_reference(scale * cov, grad, n_iter, torch.float32), exactly(scale * cov, grad, n_iter)
+        errors.append([difference(plain, exact) for plain, exact in zip(*pair, strict=True)])
+    return [max(column) for column in zip(*errors, strict=True)]
 
 
 def run(cov, grad, n_iter: int):
@@ -79,9 +81,9 @@ def run(cov, grad, n_iter: int):
 def check(cov, n_iter: int, bound: float, grad_bound: float) -> None:
     grad = randn(*cov.shape, dtype=torch.float32, seed=5)
     actual, expected = run(cov, grad, n_iter), exactly(cov, grad, n_iter)
-    allowed = [bound, grad_bound]
-    if n_iter > 7:  # rounding grows with the steps: on some CPUs plain torch's is beyond the bounds
-        allowed = [max(b, 2 * e) for b, e in zip(allowed, errors_of_plain_torch(cov, grad, n_iter), strict=True)]
+    # on some CPUs, above all after many steps, plain torch's own rounding is beyond the bounds
+    plain = errors_of_plain_torch(cov, grad, n_iter)
+    allowed = [max(b, 2 * e) for b, e in zip((bound, grad_bound), plain, strict=True)]
     assert_close(actual[0], expected[0], allowed[0])
     assert_close(actual[1], expected[1], allowed[1])
 

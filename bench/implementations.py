@@ -167,6 +167,12 @@ def _as_paper_s(module: ModuleType, layer: FastDeconv) -> nn.Module:
     )
     missing, _ = new.load_state_dict(layer.state_dict(), strict=False)  # ours has a step counter, too
     assert not missing, missing
+
+    def sample_as_ours(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Conversion samples more where samples are few; the paper's layer has no rule for that."""
+        module.sampling_stride = layer.geometry(inputs[0])[1].sampling_stride * module.stride[0]
+
+    new.register_forward_pre_hook(sample_as_ours)
     return new
 
 

@@ -86,7 +86,7 @@ def run_case(
     return Step(y.detach(), *_gradients(y, leaves), mean, deconv)
 
 
-def what_cancels(case: Case, tensors: tuple[Any, ...] | None = None, n_iter: int = 5) -> Step:
+def what_cancels(case: Case, tensors: tuple[Any, ...] | None = None, n_iter: int = 5, eps: float = 1e-5) -> Step:
     """How large the terms are that :func:`run_case` adds up, as sizes for :func:`difference`; float64.
 
     The layer with its root as a constant and its mean left out. Of few samples the mean's share cancels nearly all of
@@ -96,7 +96,7 @@ def what_cancels(case: Case, tensors: tuple[Any, ...] | None = None, n_iter: int
     x, weight, bias = leaves = _leaves(case, torch.float64, tensors)
     geo = case.geo
     with torch.no_grad():
-        _, mean, deconv, _ = reference.deconvolve(x, weight, bias, geo, 1e-5, n_iter)
+        _, mean, deconv, _ = reference.deconvolve(x, weight, bias, geo, eps, n_iter)
     y = reference.convolve(x, *reference.fold(weight, bias, torch.zeros_like(mean), deconv, geo), geo)
     return Step(y.detach(), *_gradients(y, leaves), None, None)
 

@@ -63,6 +63,7 @@ def _library() -> torch.library.Library:
     return torch.library.Library("aten", "IMPL")
 
 
+@torch.compiler.disable
 def _sum(kernel: Any, value: Any, key: str, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``kernel`` returns, moved; ``value`` is the same operator's kernel that writes nowhere."""
     if torch.jit.is_tracing():  # which would record what moves it
@@ -101,6 +102,7 @@ def _one_term(key: str, first: Tensor, result: Tensor) -> bool:
     return name in ("sum.dim_IntList", "mean.dim", "linalg_vector_norm") and first.numel() == result.numel()
 
 
+@torch.compiler.disable
 def _eigh(kernel: Any, key: str, keyset: Any, a: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The decomposition of a neighbour, as LAPACK's is: equal eigenvalues have any vectors that span the same."""
     if a.numel():

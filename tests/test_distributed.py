@@ -258,13 +258,14 @@ def test_reference_backend(pair: Pair, name: str, split: tuple[int, int]) -> Non
 @pytest.mark.parametrize("name", ["groups", "linear"])
 def test_a_mean_far_from_zero_loses_nothing(pair: Pair, name: str) -> None:
     """Mean 1000, spread 1, float32, in the first steps, when no running mean is near: sums of squares about zero would
-    cancel. Two processes and one, both against float64."""
+    cancel, and be wrong by a tenth. Two processes and one, both against float64."""
     exact = _whole_steps(name, torch.float64, mean=1000.0)
     one = _whole_steps(name, torch.float32, mean=1000.0)
     ranks = pair(_sync_steps, name, (5, 4), torch.float32, "torch", 1000.0)
     for i, buffer in enumerate(exact["buffers"]):
         error = difference(ranks[0]["buffers"][i], buffer)
-        assert error <= 2 * difference(one["buffers"][i], buffer) + 1e-6
+        # the ranks' means are rounded at 1000, and enter as their difference
+        assert error <= 2 * difference(one["buffers"][i], buffer) + 1000 * torch.finfo(torch.float32).eps / 2
 
 
 # ------------------------------------------------------------------------------------------- batches that say little

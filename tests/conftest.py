@@ -19,11 +19,11 @@ ROOT = str(Path(__file__).parents[1])
 sys.path.insert(0, ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
-# torch.compile keeps its graphs by their code and not by the CPU's capability: one made for wider vectors would be taken
-# from the cache, and be wrong (torch 2.13).
+# torch.compile keeps its graphs by their code and not by the CPU's capability: one made for wider vectors would be
+# taken from the cache (torch 2.13).
 if "ATEN_CPU_CAPABILITY" in os.environ:
     cache = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
 
 # Triton looks when a kernel is defined. Tests of what happens without the interpreter run a Python of their own.
 if not torch.cuda.is_available():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,10 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8")
 def test_code_runs(code: str, tmp_path: Path) -> None:
     """In a process of its own, outside the tree, as a reader would run it."""
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)  # of a busy machine
+    with socket.socket() as free:  # another run of the tests may have the port that the README names
+        free.bind(("localhost", 0))
+        env = os.environ | {"MASTER_PORT": str(free.getsockname()[1])}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
 
 

@@ -72,7 +72,8 @@ def tells(mean: Tensor, cov: Tensor) -> Tensor:
     It does not if no feature's samples differ by more than rounding: its inverse root would be that of eps. Nor if its
     norm overflows, which makes the root zero. True of NaN and infinity, which :func:`update_` refuses.
     """
-    variances, info = cov.diagonal(dim1=-2, dim2=-1), torch.finfo(cov.dtype)
+    # the diagonal; torch's compiler warns of its own code for `diagonal` (torch 2.13)
+    variances, info = cov.flatten(-2)[..., :: cov.shape[-1] + 1], torch.finfo(cov.dtype)
     constant = (variances <= (mean * (_ROUNDINGS * info.eps)).square()).all(-1)
     total = variances.sum(-1)
     return ~(constant | ((total >= info.max**0.5) & (total < torch.inf)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import tempfile
@@ -11,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import rounding
 
 # The tests are of the tree that they lie in, whichever checkout is installed, and so are the Pythons that they start.
 ROOT = str(Path(__file__).parents[1])
@@ -44,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STARTED] = time.monotonic()
     if (seed := config.getoption("--rounding")) is not None:
-        rounding.imitate(seed)
+        importlib.import_module("rounding").imitate(seed)  # loads Triton, which must know by now that it interprets
     config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device")
     config.addinivalue_line("markers", "slow: takes long; runs with --slow only")
     config.addinivalue_line("markers", "exact: of sums that are exact in any order; does not run with --rounding")

@@ -64,16 +64,21 @@ class Lowered:
         return stage
 
 
+@pytest.fixture(autouse=True)
+def restored_setting():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    SWITCH.fp32_precision = "none"
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def bfloat16_products(monkeypatch):
-    before = SWITCH.fp32_precision
     stages = ops.stages
     monkeypatch.setattr(ops, "stages", lambda backend: Lowered(stages(backend)))
     torch.set_float32_matmul_precision("medium")
     with InPython(), InAutograd():
         yield
-    torch.set_float32_matmul_precision("highest")
-    SWITCH.fp32_precision = before
 
 
 def test_the_imitation_lowers_products(bfloat16_products):
@@ -167,47 +172,34 @@ def test_compiled_folds_stay_exact(request):
     expected = layer.eval()(x)
     torch._dynamo.reset()
     torch.set_float32_matmul_precision("medium")
-    try:
-        names = []
+    names = []
 
-        def look(graph, _):
-            names.extend(str(node.target) for node in graph.graph.nodes)
-            return graph.forward
+    def look(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
 
-        assert_close(torch.compile(layer, fullgraph=True, backend=look)(x), expected, 1e-6)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        SWITCH.fp32_precision = "none"
-        torch._dynamo.reset()
+    assert_close(torch.compile(layer, fullgraph=True, backend=look)(x), expected, 1e-6)
     assert sum("tdeconv.product" in name for name in names) == 2
 
 
 def test_the_setting_comes_back():
     torch.set_float32_matmul_precision("high")
-    try:
+    with exact_products():
         with exact_products():
-            with exact_products():
-                assert SWITCH.fp32_precision == "ieee"
             assert SWITCH.fp32_precision == "ieee"
-        assert torch.get_float32_matmul_precision() == "high"
-        nn.Sequential(tdeconv.FastDeconv(3, 4, 3))(randn(2, 3, 8, 8).float()).sum().backward()
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        SWITCH.fp32_precision = "none"
+        assert SWITCH.fp32_precision == "ieee"
+    assert torch.get_float32_matmul_precision() == "high"
+    nn.Sequential(tdeconv.FastDeconv(3, 4, 3))(randn(2, 3, 8, 8).float()).sum().backward()
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_a_setting_that_another_thread_makes_meanwhile_stays():
     torch.set_float32_matmul_precision("medium")
-    try:
-        with exact_products():
-            thread = threading.Thread(target=torch.set_float32_matmul_precision, args=("high",))
-            thread.start()
-            thread.join()
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        SWITCH.fp32_precision = "none"
+    with exact_products():
+        thread = threading.Thread(target=torch.set_float32_matmul_precision, args=("high",))
+        thread.start()
+        thread.join()
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_threads_share_the_switch():
@@ -223,16 +215,12 @@ def test_threads_share_the_switch():
             seen.append(SWITCH.fp32_precision)
 
     thread = threading.Thread(target=stay)
-    try:
-        thread.start()
-        assert inside.wait(60)
-        with exact_products():
-            pass
-        seen.append(SWITCH.fp32_precision)
-        leave.set()
-        thread.join(60)
-        assert seen == ["ieee", "ieee"]
-        assert SWITCH.fp32_precision == "bf16"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        SWITCH.fp32_precision = "none"
+    thread.start()
+    assert inside.wait(60)
+    with exact_products():
+        pass
+    seen.append(SWITCH.fp32_precision)
+    leave.set()
+    thread.join(60)
+    assert seen == ["ieee", "ieee"]
+    assert SWITCH.fp32_precision == "bf16"

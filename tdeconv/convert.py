@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tdeconv import checks
+from tdeconv import cautions, checks
 from tdeconv.dataflow import Links
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
 
+Model = TypeVar("Model", bound=nn.Module)
+
+_log = logging.getLogger("tdeconv")
+_BLOCK = 64  # as in the paper
 _DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDeconv, nn.Conv3d: FastDeconv3d}
 
 
@@ -37,7 +42,8 @@ class ConversionRow:
 class ConversionReport:
     """What :func:`convert_deconv` did with every convolution, batch norm and linear layer, and why.
 
-    ``print(report)`` shows a table; ``converted``, ``removed`` and ``left`` are the rows of each kind.
+    ``print(report)`` shows a table, ``summary`` is its last line; ``converted``, ``removed`` and ``left`` are the rows
+    of each kind.
     """
 
     rows: list[ConversionRow] = field(default_factory=list)
@@ -54,15 +60,20 @@ class ConversionReport:
     def left(self) -> list[ConversionRow]:
         return [row for row in self.rows if row.action == "left"]
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many layers were converted, removed and left, in one line."""
         counts = len(self.converted), len(self.removed), len(self.left)
         total = "layers converted: {}; batch norms removed: {}; left: {}".format(*counts)
+        return total if self.rows else f"{total}: the model has no convolution, batch norm or linear layer"
+
+    def __str__(self) -> str:
         if not self.rows:
-            return f"{total}: the model has no convolution, batch norm or linear layer"
+            return self.summary
         cells = [("layer", "was", "became", "why"), *((r.name, r.was, r.became, r.why) for r in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], "", total])
+        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], "", self.summary])
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,9 @@ class _Options:
 
 
 def convert_deconv(
-    model: nn.Module,
+    model: Model,
     *,
-    block: int = 64,
+    block: int | Mapping[str, int] = _BLOCK,
     sampling_stride: int = 3,
     samples_per_feature: int = 4,
     n_iter: int = 5,
@@ -100,7 +111,7 @@ def convert_deconv(
     exclude: Iterable[str | type[nn.Module]] = (),
     backend: str | None = None,
     report: ConversionReport | None = None,
-) -> nn.Module:
+) -> Model:
     """Replace a model's convolutions by deconvolution layers and take out the batch norms they make unnecessary.
 
     Call it before the optimiser is made (the layers get biases), before ``torch.compile`` and before wrappers such as
@@ -121,7 +132,9 @@ def convert_deconv(
     Args:
         model: changed in place.
         block, sampling_stride, samples_per_feature, backend: as in :class:`tdeconv.FastDeconv`; a
-            ``samples_per_feature`` of 0 samples at ``sampling_stride`` always.
+            ``samples_per_feature`` of 0 samples at ``sampling_stride`` always. ``block`` may differ by layer:
+            ``{"classifier": 256, "layer[34].*": 128}`` maps names, as in ``exclude``, to blocks. Of several that fit a
+            layer the first counts; a layer that none fits gets 64, unless the last is ``"*"``.
         n_iter: Newton-Schulz steps; at most 3 in group convolutions and 1 in depthwise ones, as in the paper.
         first_n_iter: those of the convolutions that see the model's input.
         freeze_first: whether these freeze their statistics (``freeze`` of :class:`tdeconv.FastDeconv`).
@@ -132,19 +145,27 @@ def convert_deconv(
         report: filled with what was done, for the caller to print.
 
     Returns:
-        The model (the new layer, if the model is a single one). A converted layer keeps its weight Parameter, device,
-        dtype and mode; it gets a bias, zero if it had none.
+        The model. If it is a single layer, the new layer, although type checkers are told the class it had. A converted
+        layer keeps its weight Parameter, device, dtype and mode; it gets a bias, zero if it had none. One line that
+        counts what was done goes to the logger ``"tdeconv"``, at level INFO.
 
     Raises:
         TypeError: the model is no ``nn.Module``, is a ScriptModule, or is wrapped or sharded for several devices.
-        ValueError: an option out of range, or a name in ``exclude`` that no module has.
+        ValueError: an option out of range, or a name in ``exclude`` or ``block`` that no module has.
+
+    Warns:
+        UserWarning: the model has been trained, as the statistics of its batch norms tell, so that its outputs change;
+            or it has convolutions, and not one could be converted.
     """
     _check_model(model)
+    blocks = _blocks(model, block)
     options = _Options(
-        block, sampling_stride, samples_per_feature, n_iter, first_n_iter, freeze_first, block_fc, backend
+        _BLOCK, sampling_stride, samples_per_feature, n_iter, first_n_iter, freeze_first, block_fc, backend
     )
     options.check()
-    plan = Plan(model, linear, _excluded(model, exclude))
+    excluded = _excluded(model, exclude)
+    plan = Plan(model, linear, excluded)
+    cautions.warn(plan, excluded)
     rows: list[ConversionRow] = []
     new: dict[nn.Module | None, nn.Module] = {}
     with torch.inference_mode(False):  # parameters made in inference mode could not be trained
@@ -154,16 +175,17 @@ def convert_deconv(
                 new[module] = _without_norm(module, plan.links[module])
                 action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
             elif not why:
-                new[module] = _deconv(module, module in plan.first, options)
+                new[module] = _deconv(module, module in plan.first, replace(options, block=blocks[module]))
                 action, became, why = "converted", _describe(new[module]), plan.remark(module)
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in new:
                 parent.register_module(name, new[child])
-    if report is not None:
-        report.rows = rows
-    return new.get(model, model)
+    report = ConversionReport() if report is None else report
+    report.rows = rows
+    _log.info("%s (report=tdeconv.ConversionReport() lists them)", report.summary)
+    return cast(Model, new.get(model, model))
 
 
 def _check_model(model: Any) -> None:
@@ -173,8 +195,13 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             "model is a ScriptModule, whose layers cannot be replaced; convert the model before scripting it"
         )
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if isinstance(model, nn.DataParallel):
         raise TypeError(f"model is wrapped in {type(model).__name__}; convert the model before wrapping it")
+    for name, module in model.named_modules():
+        # which have made their lists of parameters; by name, since FSDP is slow to import
+        if any(c.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel") for c in type(module).__mro__):
+            part = f"model's part {name!r}" if name else "model"
+            raise TypeError(f"{part} is wrapped in {type(module).__name__}; convert the model before wrapping it")
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         raise TypeError("model has DTensor parameters (from fully_shard, say); convert the model before sharding it")
 
@@ -184,15 +211,34 @@ def _excluded(model: nn.Module, exclude: Iterable[str | type[nn.Module]]) -> set
     chosen = set()
     for item in (exclude,) if isinstance(exclude, (str, type)) else exclude:
         if isinstance(item, str):
-            found = [m for name, m in model.named_modules(remove_duplicate=False) if fnmatchcase(name, item)]
-            if not found:
-                raise ValueError(f"exclude names {item!r}, but the model has no module of such a name")
+            found = _of_name(model, item, "exclude")
         elif isinstance(item, type):
             found = [m for m in model.modules() if isinstance(m, item)]
         else:
             raise TypeError(f"exclude must hold names and classes of modules, got {item!r}")
         chosen.update(found)
     return {inner for m in chosen for inner in m.modules()}
+
+
+def _of_name(model: nn.Module, pattern: str, argument: str) -> list[nn.Module]:
+    """The modules that a name with wildcards fits."""
+    found = [m for name, m in model.named_modules(remove_duplicate=False) if fnmatchcase(name, pattern)]
+    if not found:
+        raise ValueError(f"{argument} names {pattern!r}, but the model has no module of such a name")
+    return found
+
+
+def _blocks(model: nn.Module, block: int | Mapping[str, int]) -> dict[nn.Module, int]:
+    """The block of every module."""
+    if not isinstance(block, Mapping):
+        return dict.fromkeys(model.modules(), checks.positive_int("block", block))
+    blocks = dict.fromkeys(model.modules(), _BLOCK)
+    for pattern, size in reversed(list(block.items())):  # so that the first one has the last word
+        if not isinstance(pattern, str):
+            raise TypeError(f"block must map names of modules to ints, got a name {pattern!r}")
+        size = checks.positive_int(f"block[{pattern!r}]", size)
+        blocks.update((inner, size) for m in _of_name(model, pattern, "block") for inner in m.modules())
+    return blocks
 
 
 def _describe(module: Any) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 from helpers import assert_close, randn
@@ -108,6 +112,41 @@ def test_defaults_are_the_papers() -> None:
         "interleaved",
     )
     assert (second.eps, second.momentum) == (1e-5, 0.1)
+
+
+def segmentation_net() -> nn.Module:
+    """A backbone and a head, whose layers see 8 channels each."""
+    parts = {
+        name: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        for name in ("backbone", "head")
+    }
+    return nn.ModuleDict(parts)
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (4, [4, 4, 4, 4]),
+        ({}, [8, 8, 8, 8]),  # 64, of which there are 8 channels
+        ({"*": 2}, [2, 2, 2, 2]),
+        ({"head.2": 2}, [8, 8, 8, 2]),
+        ({"head": 2}, [8, 8, 2, 2]),  # and all that is inside it
+        ({"head.2": 1, "head": 2, "*": 4}, [4, 4, 2, 1]),
+        ({"*": 4, "head": 2}, [4, 4, 4, 4]),  # the first name that fits counts
+        ({"*.0": 2}, [2, 8, 2, 8]),
+    ],
+)
+def test_block_by_name(block: Any, expected: list[int]) -> None:
+    model = segmentation_net()
+    convert_deconv(model, block=block)
+    assert [m.block for m in model.modules() if isinstance(m, FastDeconv)] == expected
+
+
+def test_block_of_a_layer_with_two_names() -> None:
+    model = segmentation_net()
+    model.again = model["head"][2]
+    convert_deconv(model, block={"again": 2})
+    assert model["head"][2].block == 2
 
 
 def test_linear_on_request() -> None:
@@ -289,10 +328,117 @@ def test_report_of_a_guess_says_so() -> None:
     assert type(model.norm) is Clone  # who else reads the convolution's output is not known
 
 
+def test_one_line_goes_to_the_log_and_nothing_to_the_screen(caplog: Any, capfd: Any) -> None:
+    report = ConversionReport()
+    with caplog.at_level(logging.INFO, "tdeconv"):
+        convert_deconv(plain_net())
+        convert_deconv(plain_net(), report=report)
+    assert report.summary == "layers converted: 2; batch norms removed: 2; left: 1"
+    assert caplog.messages == [f"{report.summary} (report=tdeconv.ConversionReport() lists them)"] * 2
+    assert capfd.readouterr() == ("", "")
+
+
 def test_report_is_filled_anew() -> None:
     report = report_of(plain_net())
     convert_deconv(nn.ReLU(), report=report)
     assert not report.rows
+
+
+# ----------------------------------------------------------------------------------------------------------- warnings
+
+
+def trained(net: nn.Module) -> nn.Module:
+    net(torch.randn(4, 3, 8, 8))
+    return net
+
+
+def has(norm: nn.Module, **buffers: float) -> nn.Module:
+    for name, value in buffers.items():
+        getattr(norm, name).fill_(value)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: has(nn.BatchNorm2d(4), running_mean=0.1),
+        lambda: has(nn.BatchNorm2d(4), running_var=2),
+        lambda: has(nn.BatchNorm2d(4, affine=False), num_batches_tracked=1),
+        lambda: has(torchvision().ops.FrozenBatchNorm2d(4), running_var=2),
+        lambda: has(timm().layers.BatchNormAct2d(4), running_mean=1),
+        lambda: has(timm().layers.freeze_batch_norm_2d(timm().layers.BatchNormAct2d(4)), running_mean=1),
+    ],
+    ids=["mean", "variance", "counter", "frozen", "timm", "timm frozen"],
+)
+def test_warns_that_a_trained_model_changes(norm: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), norm())
+    with pytest.warns(UserWarning, match=r"its batch norm '3' has the statistics .* Train it on") as caught:
+        convert_deconv(model)
+    assert caught[0].filename == __file__  # the caller's line
+
+
+def test_warns_of_training_that_a_batch_norm_that_stays_tells_of() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept, self.conv, self.gone = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.kept(x + self.gone(self.conv(x)))
+
+    model = Residual()
+    has(model.kept, running_mean=1)
+    with pytest.warns(UserWarning, match="batch norm 'kept'"):
+        convert_deconv(copy.deepcopy(model))
+    has(model.gone, running_mean=1)
+    with pytest.warns(UserWarning, match="batch norm 'gone'"):  # the better example
+        convert_deconv(model)
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    model = trained(plain_net())
+    before = list(model.modules())
+    with pytest.raises(UserWarning, match="batch norm '1'"):  # the tests make errors of warnings
+        convert_deconv(model)
+    assert all(a is b for a, b in zip(before, model.modules(), strict=True))
+
+
+def test_no_warning_where_nothing_that_was_trained_changes() -> None:
+    """The tests make errors of warnings."""
+    backbone = trained(plain_net())
+    convert_deconv(nn.Sequential(backbone, nn.Unflatten(1, (5, 1)), nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5)), exclude="0")
+    convert_deconv(nn.Sequential(nn.Linear(3, 3), has(nn.BatchNorm1d(3), running_mean=1)))  # nothing is converted
+    with torch.device("meta"):
+        convert_deconv(plain_net())  # without values
+    with FakeTensorMode():
+        convert_deconv(plain_net())
+
+
+def test_converting_a_trained_converted_model_again_is_silent() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gone, self.kept = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.up = nn.ConvTranspose2d(3, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.kept(x + self.gone(self.conv(x))))
+
+    model = trained(convert_deconv(Residual()))
+    assert model.kept.num_batches_tracked == 1
+    convert_deconv(model)
+
+
+def test_warns_if_nothing_was_converted_and_says_why() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), Own(4, 4, 1), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 2))
+    with pytest.warns(UserWarning, match="nothing: 2 of the model's 3 .* reason: a transposed convolution") as caught:
+        convert_deconv(model)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="2 of the model's 2 convolutions were left for this reason: excluded"):
+        convert_deconv(plain_net(), exclude="*")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_deconv(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))  # no convolution
 
 
 # ---------------------------------------------------------------------------------------------------- awkward callers
@@ -344,6 +490,11 @@ def test_single_layer_is_replaced_by_the_return_value() -> None:
         (None, {}, TypeError, "model must be a torch.nn.Module, got NoneType"),
         (nn.DataParallel(nn.Conv2d(3, 4, 1)), {}, TypeError, "wrapped in DataParallel; convert the model before"),
         (plain_net(), {"block": 0}, ValueError, "block must be at least 1"),
+        (plain_net(), {"block": "64"}, TypeError, "block must be a positive int, got '64'"),
+        (plain_net(), {"block": {"0": 0}}, ValueError, r"block\['0'\] must be at least 1, got 0"),
+        (plain_net(), {"block": {"0": 1.5}}, TypeError, r"block\['0'\] must be a positive int, got 1.5"),
+        (plain_net(), {"block": {0: 8}}, TypeError, "block must map names of modules to ints, got a name 0"),
+        (plain_net(), {"block": {"head": 8}}, ValueError, "block names 'head', but the model has no module"),
         (plain_net(), {"n_iter": 1.5}, TypeError, "n_iter must be a positive int"),
         (plain_net(), {"first_n_iter": 0}, ValueError, "first_n_iter must be at least 1"),
         (plain_net(), {"block_fc": 0}, ValueError, "block_fc must be at least 1"),
@@ -358,6 +509,24 @@ def test_bad_input(model: Any, options: dict[str, Any], error: type[Exception], 
     with pytest.raises(error, match=match):
         convert_deconv(model, **options)
     assert all(a is b for a, b in zip(before, model.modules() if model is not None else [], strict=True))
+
+
+def test_wrapped_part_of_a_model_is_refused() -> None:
+    """By its class's name: what wraps needs processes."""
+
+    class FullyShardedDataParallel(nn.Sequential): ...
+
+    class DistributedDataParallel(nn.Sequential): ...
+
+    class Own(DistributedDataParallel): ...  # of a training library
+
+    for kind in (FullyShardedDataParallel, DistributedDataParallel, Own):
+        with pytest.raises(
+            TypeError, match=f"model's part '1' is wrapped in {kind.__name__}; convert the model before"
+        ):
+            convert_deconv(nn.Sequential(nn.ReLU(), kind(plain_net())))
+        with pytest.raises(TypeError, match=f"model is wrapped in {kind.__name__}; convert"):
+            convert_deconv(kind(plain_net()))
 
 
 def test_sharded_model_is_refused() -> None:

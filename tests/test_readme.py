@@ -1,4 +1,4 @@
-"""Every piece of Python in the README runs as it stands."""
+"""Every piece of Python in the README and the documentation runs as it stands."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+BLOCKS = {
+    f"{page}{i}": block
+    for page, text in PAGES.items()
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+}
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
+@pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS.keys())
 def test_code_runs(code: str, tmp_path: Path) -> None:
     """In a process of its own, outside the tree, as a reader would run it."""
     command = [sys.executable, "-c", code]
@@ -27,7 +32,7 @@ def test_code_runs(code: str, tmp_path: Path) -> None:
 
 
 def test_there_is_code_to_run() -> None:
-    text = "\n".join(BLOCKS)
+    text = "\n".join(BLOCKS.values())
     for name in ("FastDeconv", "convert_deconv", "compile", "autocast", "fuse_deconv_eval", "convert_sync_deconv"):
         assert name in text
     assert "checkpoint_contexts" in text

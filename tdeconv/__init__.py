@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from tdeconv.backends import BackendUnavailable, use_backend
+from tdeconv.calibrate import calibrate_deconv
 from tdeconv.channel_deconv import ChannelDeconv
 from tdeconv.checkpoint import checkpoint_contexts
 from tdeconv.convert import ConversionReport, convert_deconv
@@ -34,6 +35,7 @@ __all__ = [
     "FastDeconv",
     "FastDeconv1d",
     "FastDeconv3d",
+    "calibrate_deconv",
     "checkpoint_contexts",
     "convert_deconv",
     "convert_sync_deconv",

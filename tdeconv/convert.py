@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tdeconv import cautions, checks
+from tdeconv import cautions, checks, starts
 from tdeconv.dataflow import Links
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
@@ -21,6 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _log = logging.getLogger("tdeconv")
 _BLOCK = 64  # as in the paper
+_MOST_FEATURES = 1024  # of a covariance: a root's time grows with their cube, the samples it needs with their number
 _DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDeconv, nn.Conv3d: FastDeconv3d}
 
 
@@ -76,11 +78,17 @@ class ConversionReport:
         return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], "", self.summary])
 
 
+_RECIPES: dict[str, dict[str, Any]] = {
+    "tdeconv": {"block": None, "samples_per_feature": 4, "keep_affine": True, "unnormalised": False},
+    "paper": {"block": _BLOCK, "samples_per_feature": 0, "keep_affine": False, "unnormalised": True},
+}
+
+
 @dataclass(frozen=True)
 class _Options:
     """How the new layers are made."""
 
-    block: int
+    block: int | None
     sampling_stride: int
     samples_per_feature: int
     n_iter: int
@@ -90,7 +98,7 @@ class _Options:
     backend: str | None
 
     def check(self) -> None:
-        checks.options(1e-5, self.n_iter, 0.1, self.block, self.sampling_stride)
+        checks.options(1e-5, self.n_iter, 0.1, self.block or _BLOCK, self.sampling_stride)
         checks.positive_int("samples_per_feature", self.samples_per_feature, least=0)
         checks.positive_int("first_n_iter", self.first_n_iter)
         checks.positive_int("block_fc", self.block_fc)
@@ -100,9 +108,12 @@ class _Options:
 def convert_deconv(
     model: Model,
     *,
-    block: int | Mapping[str, int] = _BLOCK,
+    recipe: str = "tdeconv",
+    block: int | Mapping[str, int] | None = None,
     sampling_stride: int = 3,
-    samples_per_feature: int = 4,
+    samples_per_feature: int | None = None,
+    keep_affine: bool | None = None,
+    unnormalised: bool | None = None,
     n_iter: int = 5,
     first_n_iter: int = 15,
     freeze_first: bool = True,
@@ -125,16 +136,30 @@ def convert_deconv(
     Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
     that copies.
 
-    A covariance of too few samples says nothing of the data, and whitening by it blows up noise. So a converted layer
-    takes every ``sampling_stride``-th patch only where that leaves enough of them, and more, up to all of them, where
-    maps or batches are small: ``samples_per_feature`` is how many are enough.
+    Many networks of other makers do not learn if every convolution is replaced as the paper's code would. So, unless
+    ``recipe="paper"`` or the arguments named say otherwise:
+
+    - A convolution starts at the scale and shift of its batch norm, ``w_o <- gamma_o w_o / |w_o|`` and ``b <- beta``:
+      what batch norm divided out, and the zeros with which residual branches start (``keep_affine``).
+    - A convolution without a batch norm behind or before it stays (``unnormalised``): those of squeeze-and-excitation
+      see one pixel of an image, from which there is little to whiten. In a model without any batch norm, all go.
+    - A covariance of too few samples says nothing of the data, and whitening by it blows up noise. So a layer takes
+      every ``sampling_stride``-th patch only where that leaves enough of them, and more, up to all of them, where maps
+      or batches are small (``samples_per_feature``).
+    - A covariance has at most 1,024 features, by a smaller ``block`` where kernels are large.
+
+    :func:`tdeconv.calibrate_deconv` can then set the layers' scales by a batch of data.
 
     Args:
         model: changed in place.
+        recipe: ``"tdeconv"``, the rules above, or ``"paper"``: ``samples_per_feature=0``, ``keep_affine=False``,
+            ``unnormalised=True``, ``block=64``. An argument that is not None takes precedence.
         block, sampling_stride, samples_per_feature, backend: as in :class:`tdeconv.FastDeconv`; a
-            ``samples_per_feature`` of 0 samples at ``sampling_stride`` always. ``block`` may differ by layer:
-            ``{"classifier": 256, "layer[34].*": 128}`` maps names, as in ``exclude``, to blocks. Of several that fit a
-            layer the first counts; a layer that none fits gets 64, unless the last is ``"*"``.
+            ``samples_per_feature`` of 0 samples at ``sampling_stride`` always, otherwise 4. ``block`` is 64, and less
+            for large kernels, unless given. It may differ by layer: ``{"classifier": 256, "layer[34].*": 128}`` maps
+            names, as in ``exclude``, to blocks. Of several that fit a layer the first counts; the last may be ``"*"``.
+        keep_affine: whether a convolution takes over the weight and bias of the batch norm that goes behind it.
+        unnormalised: convert also convolutions that have no batch norm.
         n_iter: Newton-Schulz steps; at most 3 in group convolutions and 1 in depthwise ones, as in the paper.
         first_n_iter: those of the convolutions that see the model's input.
         freeze_first: whether these freeze their statistics (``freeze`` of :class:`tdeconv.FastDeconv`).
@@ -158,13 +183,20 @@ def convert_deconv(
             or it has convolutions, and not one could be converted.
     """
     _check_model(model)
-    blocks = _blocks(model, block)
+    rules = _rules(
+        recipe,
+        block=block,
+        samples_per_feature=samples_per_feature,
+        keep_affine=keep_affine,
+        unnormalised=unnormalised,
+    )
+    blocks = _blocks(model, rules["block"])
     options = _Options(
-        _BLOCK, sampling_stride, samples_per_feature, n_iter, first_n_iter, freeze_first, block_fc, backend
+        None, sampling_stride, rules["samples_per_feature"], n_iter, first_n_iter, freeze_first, block_fc, backend
     )
     options.check()
     excluded = _excluded(model, exclude)
-    plan = Plan(model, linear, excluded)
+    plan = Plan(model, linear, excluded, rules["unnormalised"])
     cautions.warn(plan, excluded)
     rows: list[ConversionRow] = []
     new: dict[nn.Module | None, nn.Module] = {}
@@ -176,7 +208,10 @@ def convert_deconv(
                 action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
             elif not why:
                 new[module] = _deconv(module, module in plan.first, replace(options, block=blocks[module]))
-                action, became, why = "converted", _describe(new[module]), plan.remark(module)
+                norm = plan.norm_of.get(module) if rules["keep_affine"] else None
+                if norm is not None:
+                    starts.take_affine(new[module], norm)
+                action, became, why = "converted", _describe(new[module]), plan.remark(module, norm)
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -228,11 +263,19 @@ def _of_name(model: nn.Module, pattern: str, argument: str) -> list[nn.Module]:
     return found
 
 
-def _blocks(model: nn.Module, block: int | Mapping[str, int]) -> dict[nn.Module, int]:
-    """The block of every module."""
+def _rules(recipe: str, **given: Any) -> dict[str, Any]:
+    """What the recipe says, and what is given besides."""
+    if recipe not in _RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(map(repr, _RECIPES))}, got {recipe!r}")
+    return _RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
+
+
+def _blocks(model: nn.Module, block: int | Mapping[str, int] | None) -> dict[nn.Module, int | None]:
+    """The block of every module; None where none is given."""
     if not isinstance(block, Mapping):
-        return dict.fromkeys(model.modules(), checks.positive_int("block", block))
-    blocks = dict.fromkeys(model.modules(), _BLOCK)
+        given = None if block is None else checks.positive_int("block", block)
+        return dict.fromkeys(model.modules(), given)
+    blocks: dict[nn.Module, int | None] = dict.fromkeys(model.modules(), None)
     for pattern, size in reversed(list(block.items())):  # so that the first one has the last word
         if not isinstance(pattern, str):
             raise TypeError(f"block must map names of modules to ints, got a name {pattern!r}")
@@ -281,6 +324,14 @@ def _without_norm(norm: Any, link: Links) -> nn.Module:
     return rest
 
 
+def _default_block(taps: int) -> int:
+    """64 channels, fewer where that many would have more features than ``_MOST_FEATURES`` in a kernel of ``taps``."""
+    block = _BLOCK
+    while block > 1 and block * taps > _MOST_FEATURES:
+        block //= 2
+    return block
+
+
 def _deconv(layer: Any, first: bool, options: _Options) -> nn.Module:
     """The deconvolution layer for a convolution or linear layer: its weight, a bias, fresh running statistics."""
     weight, n_iter = layer.weight, options.n_iter
@@ -294,7 +345,7 @@ def _deconv(layer: Any, first: bool, options: _Options) -> nn.Module:
             *(layer.in_channels, layer.out_channels, layer.kernel_size),
             *(layer.stride, layer.padding, layer.dilation, layer.groups),
             n_iter=options.first_n_iter if first else min(n_iter, most),
-            block=options.block,
+            block=options.block or _default_block(math.prod(layer.kernel_size)),
             sampling_stride=options.sampling_stride,
             samples_per_feature=options.samples_per_feature,
             freeze=first and options.freeze_first,

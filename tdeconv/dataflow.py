@@ -44,6 +44,11 @@ _PASSING_MODULES = (
     *(getattr(module, name) for module in (padding, pooling) for name in module.__all__),
     *(*_ALIASING_MODULES, nn.Upsample, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
 )
+# What may leave one value of a whole map.
+_POOLING = _words("""
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d mean amax
+""") | {getattr(pooling, name) for name in pooling.__all__ if name.startswith("Adaptive")}
 # What returns new memory that its own gradient does not read.
 _FRESH = _words("add sub cat concat concatenate")
 # torch.fx records ``x += y`` as ``x + y``.
@@ -56,6 +61,7 @@ class Links:
     """What a module's calls take and give, through activations, dropout, pooling, reshaping and concatenation."""
 
     sources: list[End] = field(default_factory=list)
+    pooled: set[End] = field(default_factory=set)  # the sources that it sees as one value per channel and image
     sinks: list[End] = field(default_factory=list)
     guessed: set[End] = field(default_factory=set)  # neighbours in the order of registration, where no trace tells
     calls: int = 0
@@ -161,7 +167,9 @@ class _Graph:
             elif node.op == "call_module" and self.is_leaf(module := self._module(node)):
                 link = found.setdefault(module, Links())
                 link.calls += 1
-                link.sources += self._walk(_data_inputs(node), _data_inputs)
+                sources = self._walk(_data_inputs(node), _data_inputs)
+                link.sources += sources
+                link.pooled |= set(sources) - set(self._walk(_data_inputs(node), self._unpooled_inputs))
                 link.sinks += self._walk(_readers(node), _readers)
                 link.input_read = link.calls > 1 or not all(map(self._yields_new, _data_inputs(node)))
                 link.overwritten = self._overwritten(node) or (link.calls > 1 and link.overwritten)
@@ -182,6 +190,10 @@ class _Graph:
                 seen.add(node)
                 todo += step(node)
         return list(ends)
+
+    def _unpooled_inputs(self, node: fx.Node) -> list[fx.Node]:
+        target = type(self._module(node)) if node.op == "call_module" else _name(node)
+        return [] if target in _POOLING else _data_inputs(node)
 
     def _passes(self, node: fx.Node) -> bool:
         if node.op == "call_module":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,20 +49,49 @@ class Plan:
         whitening: the deconvolution layers, those there are and those to be.
         removed: the batch norms that go, and why.
         first: the convolutions that see the model's input, or the first one if it is computed with before.
+        norm_of: for a convolution, the batch norm that goes behind it alone.
     """
 
-    def __init__(self, model: nn.Module, linear: bool, excluded: set[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, linear: bool, excluded: set[nn.Module], unnormalised: bool) -> None:
         self._names = {module: name for name, module in model.named_modules()}
         inner = {m for layer in self._names if _is_layer(layer) for m in layer.modules() if m is not layer}
         self.layers = {m: name for m, name in self._names.items() if _is_layer(m) and m not in inner}
         self._linear, self._excluded = linear, excluded
         self._bypassed = {m for b in self._names if isinstance(b, _BYPASSING) for m in b.modules()}
         self.links = links(model, self.layers.__contains__)
+        norms = [m for m in self.layers if is_norm(m)]
+        # without any batch norm, and none taken out before, there is nothing to go by
+        without_norms = not norms and not any(isinstance(m, DECONVS) for m in self.layers)
+        self._plain = set() if unnormalised or without_norms else self._unnormalised(norms)
         self.whitening = {m for m in self.layers if isinstance(m, DECONVS) or not (is_norm(m) or self.why_left(m))}
         self.removed: dict[nn.Module, str] = {}
         self._remove_norms()
+        behind: dict[End, list[nn.Module]] = {}
+        for norm in norms:
+            for end in self.links[norm].sources:
+                behind.setdefault(end, []).append(norm)
+        owners = Counter(id(p) for m in self.layers for p in m.parameters(recurse=False))
+        self.norm_of: dict[nn.Module, nn.Module] = {
+            conv: found[0]
+            for conv, found in behind.items()
+            if isinstance(conv, _ConvNd)
+            and len(found) == 1
+            and found[0] in self.removed
+            and self.links[found[0]].sources == [conv]
+            if all(owners[id(p)] == 1 for p in conv.parameters(recurse=False))  # a shared weight has another's scale
+        }
         convs: list[Any] = [m for m in self.links if isinstance(m, _ConvNd)]  # in the order of calls
         self.first = {m for m in convs if self._ends(m, "sources") == [INPUT]} or set(convs[:1])
+
+    def _unnormalised(self, norms: list[nn.Module]) -> set[nn.Module]:
+        """The convolutions with a batch norm neither behind nor before them. One before a map's mean, as the squeeze
+        of squeeze-and-excitation has it, is none: that sees one value per channel and image."""
+        normalised = {end for norm in norms for end in self.links[norm].sources}
+        known = set(norms)
+        for module in self.layers:
+            if not known.isdisjoint(set(self.links[module].sources) - self.links[module].pooled):
+                normalised.add(module)
+        return {m for m in self.layers if isinstance(m, _ConvNd) and m not in normalised}
 
     def _remove_norms(self) -> None:
         """Each batch norm that goes brings what it fed closer to the layer that fed it."""
@@ -85,6 +115,8 @@ class Plan:
             return "a transposed convolution"
         if isinstance(module, nn.Linear) and not self._linear:
             return "linear=False"
+        if module in self._plain:
+            return "no batch norm before or behind it"
         if not is_norm(module):
             return _why_unsafe(module, self.links[module], module in self._bypassed)
         return "" if module in self.removed else self._why_norm_stays(module) or self._why_needed(module)
@@ -142,12 +174,13 @@ class Plan:
         names = [end if isinstance(end, str) else self._names[end] or type(end).__name__ for end in ends]
         return ", ".join([*names[:2], *([f"{len(names) - 2} more"] if len(names) > 2 else [])]) or "nothing"
 
-    def remark(self, module: nn.Module) -> str:
-        """What kind of layer is converted."""
+    def remark(self, module: nn.Module, norm: nn.Module | None) -> str:
+        """What kind of layer is converted, and whose weight and bias it takes over."""
         calls = self.links[module].calls
         kind = "linear" if isinstance(module, nn.Linear) else kind_of(module)
         kind = f"first {kind}" if module in self.first else kind
-        return f"{kind}, one set of statistics for its {calls} calls" if calls > 1 else kind
+        kind = f"{kind}, one set of statistics for its {calls} calls" if calls > 1 else kind
+        return kind if norm is None else f"{kind}, with the weight and bias of {self._list([norm])}"
 
 
 def _why_unsafe(module: Any, link: Links, bypassed: bool) -> str:

@@ -48,7 +48,7 @@ def update_stats(model: Model, loader: Iterable[Any], device: Any = None) -> Mod
     with _averaging(model, layers):
         for batch in loader:
             empty = False
-            _run(model, batch, device)
+            run(model, batch, device)
         if empty:
             raise ValueError("loader must give at least one batch, got none (an iterator that was used up before?)")
     return model
@@ -58,7 +58,9 @@ def _keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
-def _run(model: nn.Module, batch: Any, device: Any) -> None:
+def run(model: nn.Module, batch: Any, device: Any = None) -> None:
+    """Call the model with a batch as a loader gives it."""
+
     def move(value: Any) -> Any:
         return value.to(device) if device is not None and isinstance(value, Tensor) else value
 

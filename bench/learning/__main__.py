@@ -8,6 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tdeconv.arguments import check_writable, nonempty_path, positive_int
 from tdeconv.bench.learning import report, store, tasks
 from tdeconv.bench.learning.networks import NETWORKS
 from tdeconv.bench.learning.train import SIDES, Plan, run
+from tdeconv.bench.results import publish
 
 PROGRAM = "tdeconv.bench.learning"
 
@@ -25,7 +27,7 @@ PROGRAM = "tdeconv.bench.learning"
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        return report.write(args) if args.report else _train(args)
+        return _report(args) if args.report else _train(args)
     except (ValueError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
@@ -102,6 +104,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _train(args: argparse.Namespace) -> int:
     device = _check(args)
+    store.commit()  # now, while the files are those of the code that runs
     if args.threads:
         torch.set_num_threads(args.threads)
     sets = {name: tasks.load(name, args.size, args.root) for name in args.data}
@@ -117,6 +120,16 @@ def _train(args: argparse.Namespace) -> int:
                 store.save(args.out, runs)
             bar.update()
     print(f"saved in {args.out}; compare: python -m {PROGRAM} --report {args.out} --out TABLE.md")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    runs = list(store.load(args.report, "--report").values())
+    check_writable(args.out.parent)
+    publish({args.out: report.text(runs)})
+    pictures = import_module("tdeconv.bench.learning.plots").draw(runs, args.plot) if args.plot else []
+    print(report.text(runs))
+    print(f"saved in {', '.join(map(str, (args.out, *pictures)))}")
     return 0
 
 

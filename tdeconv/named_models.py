@@ -26,10 +26,11 @@ def load_model(name: str, *, argument: str = "MODEL", **options: Any) -> nn.Modu
     """Make a model with random weights, on the CPU; nothing is downloaded.
 
     Args:
-        name: ``torchvision:NAME`` or just ``NAME``, ``timm:NAME``, or ``MODULE:FUNCTION``, a function without
-            arguments in a module that can be imported, those of the working directory among them.
+        name: ``torchvision:NAME`` or just ``NAME``, ``timm:NAME``, or ``MODULE:FUNCTION``, a function that
+            takes no arguments (but ``options``) in a module that can be imported, those of the working directory among
+            them.
         argument: what errors call the name.
-        options: of torchvision's or timm's model, ``num_classes`` say.
+        options: of the model, ``num_classes`` say.
 
     Raises:
         ValueError: there is no such model, or it cannot be made; the message names those with similar names.
@@ -43,7 +44,7 @@ def load_model(name: str, *, argument: str = "MODEL", **options: Any) -> nn.Modu
         return _torchvision(inner, shown, options)
     if library == "timm":
         return _timm(inner, shown, options)
-    return _function(library, inner, shown)
+    return _function(library, inner, shown, options)
 
 
 def _torchvision(name: str, shown: str, options: dict[str, Any], bare: bool = False) -> nn.Module:
@@ -71,7 +72,7 @@ def _timm(name: str, shown: str, options: dict[str, Any]) -> nn.Module:
         raise ValueError(f"{shown} cannot be made: {error}") from error
 
 
-def _function(module: str, function: str, shown: str) -> nn.Module:
+def _function(module: str, function: str, shown: str, options: dict[str, Any]) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -84,10 +85,11 @@ def _function(module: str, function: str, shown: str) -> nn.Module:
         problem = f"module {module!r} has no function {function!r}"
         raise ValueError(f"{shown} cannot be made: {problem}{_similar(function, names)}")
     try:
-        inspect.signature(maker).bind()
+        inspect.signature(maker).bind(**options)
     except TypeError as error:
-        raise ValueError(f"{shown} cannot be made: the function must do without arguments: {error}") from error
-    return _checked(maker(), shown)  # what goes wrong in there is shown with its traceback
+        must = f"must take {', '.join(options)}" if options else "must do without arguments"
+        raise ValueError(f"{shown} cannot be made: the function {must}: {error}") from error
+    return _checked(maker(**options), shown)  # what goes wrong in there is shown with its traceback
 
 
 def _checked(model: Any, shown: str) -> nn.Module:

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)} (default: all)")
     add("--data", nargs="+", choices=tasks.DATA, default=["digits"], help="what they learn (default: digits)")
     add("--root", type=nonempty_path, metavar="DIR", help="Fashion-MNIST in torchvision's layout (default: Debian's)")
+    add("--download", action="store_true", help="download it into --root if it is not there")
     add("--size", type=positive_int, default=64, metavar="N", help="images' height and width (default %(default)s)")
     add("--batch", type=positive_int, default=32, metavar="N", help="images a step (default %(default)s)")
     add("--steps", type=positive_int, default=40, metavar="N", help="of training (default %(default)s)")
@@ -107,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     store.commit()  # now, while the files are those of the code that runs
     if args.threads:
         torch.set_num_threads(args.threads)
-    sets = {name: tasks.load(name, args.size, args.root) for name in args.data}
+    sets = {name: tasks.load(name, args.size, args.root, args.download) for name in args.data}
     runs = store.load([args.out], "--out") if args.out.exists() else {}
     total = sum(1 for _ in _plans(args, None))
     with tqdm(total=total, unit="run") as bar:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,13 +24,13 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     for setting, sides in settings(runs).items():
         rows = math.ceil(len(sides) / COLUMNS)
         figure = Figure((3 * COLUMNS, 2.2 * rows + 0.6), layout="constrained")
-        fields = figure.subplots(rows, COLUMNS, sharex=True, squeeze=False).flat
+        fields = list(figure.subplots(rows, COLUMNS, sharex=True, squeeze=False).flat)
         for axes, (network, of) in zip(fields, sides.items(), strict=False):
             for colour, (name, side) in enumerate(sorted(of.items())):
                 _line(axes, side, f"C{colour}", name)
             axes.set_title(network, fontsize=9)
             axes.legend(fontsize=6, frameon=False)
-        for axes in list(fields):  # those that no network is left for
+        for axes in fields[len(sides) :]:
             axes.set_axis_off()
         figure.suptitle(f"{setting}: loss by step, mean over seeds and their range", fontsize=10)
         paths.append(folder / (re.sub(r"[^a-z0-9]+", "-", str(setting)) + ".svg"))
@@ -37,7 +38,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     return paths
 
 
-def _line(axes: object, side: Side, colour: str, name: str) -> None:
+def _line(axes: Any, side: Side, colour: str, name: str) -> None:
     """A line breaks off where a run diverges."""
     curves = np.full((len(side.runs), max(len(run["losses"]) for run in side.runs.values())), np.nan)
     for curve, run in zip(curves, side.runs.values(), strict=True):

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdeconv.demo.data import DataSet, _fixed, digits, from_torchvision, photographs
+from tdeconv.demo.data import (
+    PHOTOGRAPHS,
+    DataSet,
+    _fixed,
+    digits,
+    from_torchvision,
+    photographs,
+    read_photograph,
+)
+from tdeconv.demo.errors import DemoError
 from tdeconv.demo.train import batches_of
 
 DATA = ("digits", "photographs", "fashion-mnist")
@@ -62,30 +71,43 @@ class Task:
         return Batch(x.contiguous(), labels)
 
 
-def load(name: str, size: int, root: Path | None = None) -> DataSet:
+def load(name: str, size: int, root: Path | None = None, download: bool = False) -> DataSet:
     """A data set of :data:`DATA`; Fashion-MNIST from ``root`` in torchvision's layout, or from Debian's package.
 
     Raises:
-        ValueError: the data is not there; the message says where it is looked for.
+        ValueError: the data is not there, or its pictures are too small.
     """
     if name == "digits":
         return digits()
     if name == "photographs":
+        shapes = [read_photograph(photograph).shape for photograph in PHOTOGRAPHS]
+        most = min(min(height, width // 2) for _, height, width in shapes)  # a half is for training, a half for testing
+        if size > most:
+            raise ValueError(f"--size must be at most {most} with --data photographs, got {size}")
         return photographs(crop=size, train_size=EPOCH, test_size=HELD_OUT)
-    if root is not None:
-        return from_torchvision(name, root, download=False)
-    if not DEBIAN.is_dir():
+    if root is None and DEBIAN.is_dir():
+        return _debians(name)
+    if root is None:
         raise ValueError(
-            f"--data {name} needs --root DIR with the data in torchvision's layout, or Debian's package "
-            f"dataset-fashion-mnist, which puts it into {DEBIAN}"
+            f"--data {name} needs --root DIR with the data in torchvision's layout (or to fill, with --download), or "
+            f"Debian's package dataset-fashion-mnist, which puts it into {DEBIAN}"
         )
-    train, test = ((_read(part, "images-idx3"), _read(part, "labels-idx1").long()) for part in ("train", "t10k"))
+    try:
+        return from_torchvision(name, root, download)
+    except DemoError as error:
+        raise ValueError(str(error)) from error
+
+
+def _debians(name: str) -> DataSet:
+    try:
+        train, test = ((_read(part, "images-idx3"), _read(part, "labels-idx1").long()) for part in ("train", "t10k"))
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"the data of {name} in {DEBIAN} cannot be read: {error}") from error
     return _fixed(name, tuple("0123456789"), (train[0].unsqueeze(1), train[1]), (test[0].unsqueeze(1), test[1]))
 
 
 def _read(part: str, what: str) -> Tensor:
     """A file of MNIST's format: two zero bytes, 8 for bytes, the number of dimensions, these, and the bytes."""
     content = gzip.decompress((DEBIAN / f"{part}-{what}-ubyte.gz").read_bytes())
-    start = 4 + 4 * content[3]
     shape = np.frombuffer(content, ">i4", content[3], offset=4)
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())

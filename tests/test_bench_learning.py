@@ -310,7 +310,7 @@ def test_a_side_stands_at_the_rate_that_all_seeds_ran_at() -> None:
     runs = [made("original", 0, 0.5, rate=0.2), *(made("original", seed, 1.0 + seed, rate=0.1) for seed in (0, 1))]
     ((_, sides),) = report.settings(runs).items()
     side = sides["tiny"]["batch norm"]
-    assert (side.rate, side.rates) == (0.1, 2)
+    assert (side.rate, side.tried) == (0.1, (0.1, 0.2))
     assert side.losses() == {0: 1.0, 1: 2.0}
 
 
@@ -328,12 +328,31 @@ def test_a_side_stands_at_the_rate_that_all_seeds_ran_at() -> None:
     ],
 )
 def test_verdicts_hold_for_every_seed(changes: dict[str, Any], verdict: tuple[bool, ...]) -> None:
-    loss = changes.pop("loss", 1.0)
+    loss = changes.get("loss", 1.0)
+    changes = {name: value for name, value in changes.items() if name != "loss"}
     runs = [made("original", seed, 1.0) for seed in (0, 1)]
     runs += [made("converted", 0, 0.9), made("converted", 1, loss, **changes)]
     ((setting, sides),) = report.settings(runs).items()
     of = sides["tiny"]
-    assert report.verdict(of["batch norm"], of["deconvolution"], setting.steps) == verdict
+    found = report.verdict(of["batch norm"], of["deconvolution"], [setting.steps])
+    assert tuple(found.values()) == verdict
+
+
+def test_no_loss_is_level_with_a_loss_that_diverged() -> None:
+    ((_, sides),) = report.settings(made(side, 0, None) for side in train.SIDES).items()
+    assert not next(iter(report.verdict(*sides["tiny"].values(), [12]).values()))
+
+
+@pytest.mark.parametrize(("early", "holds"), [(2.0, True), (2.1, False)])
+def test_a_long_run_is_compared_on_its_way_too(early: float, holds: bool) -> None:
+    ours = made("converted", 0, 1.0)
+    ours["losses"] = [early] * 8 + [1.0] * 8
+    theirs = made("original", 0, 1.0)
+    theirs["losses"] = [1.95] * 8 + [1.0] * 8
+    ((_, sides),) = report.settings([theirs, ours]).items()
+    (*_, (sentence, found)) = report.verdict(*sides["tiny"].values(), [8, 16]).items()
+    assert sentence == "mean loss at most batch norm's + 0.05 at all of the steps 8, 16"
+    assert found == holds
 
 
 def test_a_report_compares_the_runs_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,9 +369,9 @@ def test_a_report_compares_the_runs_of_several_files(tmp_path: Path, capsys: pyt
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| tiny")
     ]
-    assert cells[0] == ["tiny", "batch norm", "0.1 of 1", "1.100 ± 0.141", *["50.0 ± 0.0"] * 2, "2", "", "0.1"]
-    assert cells[1][1:4] == ["deconvolution", "0.1 of 1", "1 of 1 diverged"]
-    assert cells[2][1:4] == ["deconvolution (n_iter=2, calibrated)", "0.1 of 1", "1.000 ± 0.000"]
+    assert cells[0] == ["tiny", "batch norm", "0.1 of 0.1", "1.100 ± 0.141", *["50.0 ± 0.0"] * 2, "2", "", "0.1"]
+    assert cells[1][1:4] == ["deconvolution", "0.1 of 0.1", "1 of 1 diverged"]
+    assert cells[2][1:4] == ["deconvolution (n_iter=2, calibrated)", "0.1 of 0.1", "1.000 ± 0.000"]
     assert cells[2][-2:] == ["1.00", "0.1"]
     assert cells[3] == ["tiny", "batch norm", "1.100 ± 0.141; 25.0 ± 0.0", "1.100 ± 0.141; 50.0 ± 0.0"]
     assert "- deconvolution: loss at most batch norm's + 0.05 for every seed: 0 of 1 networks (not tiny)" in text

@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"{PROGRAM}: {error.name} is not installed; pip install 'tdeconv[demo,bench,vision]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; the same command goes on from the runs that are done", file=sys.stderr)
         return 130

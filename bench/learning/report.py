@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,18 @@ class Side:
     """A network's runs with one kind of layers at the rate that was best, by seed."""
 
     rate: float
-    rates: int  # how many were tried
+    tried: tuple[float, ...]  # rates
     runs: Mapping[int, Run]
 
     def losses(self) -> dict[int, float]:
         return {seed: last_loss(run) for seed, run in self.runs.items()}
+
+    def loss_before(self, step: int) -> list[float]:
+        """The mean losses of the last steps up to one, for each seed; infinite if the run had diverged."""
+        parts = [run["losses"][max(0, step - LAST) : step] for run in self.runs.values()]
+        return [
+            statistics.fmean(part) if len(part) == min(LAST, step) and None not in part else math.inf for part in parts
+        ]
 
     def accuracy(self, step: int) -> list[float]:
         """Test accuracies at a step; 0 of a run that came to nothing by then."""
@@ -98,36 +106,39 @@ def _best(runs: Sequence[Run]) -> Side:
         return -len(rates[rate]), statistics.fmean(map(last_loss, rates[rate].values()))
 
     rate = min(rates, key=order)
-    return Side(rate, len(rates), rates[rate])
+    return Side(rate, tuple(sorted(rates)), rates[rate])
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
 
 
-class Verdict(NamedTuple):
-    """Whether a converted network keeps up with batch norm, as :data:`SENTENCES` say it."""
+def verdict(original: Side, converted: Side, steps: Sequence[int]) -> dict[str, bool]:
+    """Whether a converted network keeps up with batch norm, in sentences that hold or do not.
 
-    loss: bool
-    gradient: bool
-    accuracy: bool
+    Args:
+        steps: those where the accuracy was taken, the last of them at the end. Seeds that both have are compared.
+    """
+    end, theirs, ours = steps[-1], original.losses(), converted.losses()
+    accuracies = (statistics.fmean(side.accuracy(end)) for side in (converted, original))
+    found = {
+        f"loss at most batch norm's + {MARGIN} for every seed": all(
+            _level(ours[seed], theirs[seed]) for seed in theirs.keys() & ours.keys()
+        ),
+        f"gradient at the start at most {STEEPER:g} times batch norm's for every seed": all(
+            ratio <= STEEPER for ratio in ratios(original, converted)
+        ),
+        "test loss finite, test accuracy at least batch norm's in the mean": converted.finite(end)
+        and operator.ge(*accuracies),
+    }
+    if len(steps) > 1:
+        found[f"mean loss at most batch norm's + {MARGIN} at all of the steps {', '.join(map(str, steps))}"] = all(
+            _level(*(statistics.fmean(side.loss_before(step)) for side in (converted, original))) for step in steps
+        )
+    return found
 
 
-SENTENCES = (
-    f"loss at most batch norm's + {MARGIN} for every seed",
-    f"gradient at the start at most {STEEPER:g} times batch norm's for every seed",
-    "test loss finite, test accuracy at least batch norm's in the mean",
-)
-
-
-def verdict(original: Side, converted: Side, steps: int) -> Verdict:
-    """How a converted network does at the end of its training; seeds that both have are compared."""
-    theirs, ours = original.losses(), converted.losses()
-    return Verdict(
-        all(ours[seed] <= theirs[seed] + MARGIN for seed in theirs.keys() & ours.keys()),
-        all(ratio <= STEEPER for ratio in ratios(original, converted)),
-        converted.finite(steps)
-        and statistics.fmean(converted.accuracy(steps)) >= statistics.fmean(original.accuracy(steps)),
-    )
+def _level(ours: float, theirs: float) -> bool:
+    return math.isfinite(ours) and ours <= theirs + MARGIN
 
 
 def ratios(original: Side, converted: Side) -> list[float]:
@@ -144,12 +155,18 @@ def verdicts(setting: Setting, sides: Sides) -> str:
     lines = []
     for name in dict.fromkeys(name for of in sides.values() for name in of if name != BATCH_NORM):
         both = {n: (of[BATCH_NORM], of[name]) for n, of in sides.items() if BATCH_NORM in of and name in of}
-        judged = {network: verdict(*pair, setting.steps) for network, pair in both.items()}
-        for index, sentence in enumerate(SENTENCES):
-            failed = [network for network, found in judged.items() if not found[index]]
+        judged = {network: verdict(*pair, _steps(setting, sides)) for network, pair in both.items()}
+        for sentence in next(iter(judged.values()), ()):
+            failed = [network for network, found in judged.items() if not found[sentence]]
             not_in = f" (not {', '.join(failed)})" if failed else ""
             lines.append(f"- {name}: {sentence}: {len(judged) - len(failed)} of {len(judged)} networks{not_in}")
     return "\n".join(lines)
+
+
+def _steps(setting: Setting, sides: Sides) -> list[int]:
+    """The steps where the accuracy was taken, and the last one in any case."""
+    runs = [run for of in sides.values() for side in of.values() for run in side.runs.values()]
+    return sorted({int(step) for run in runs for step in run["evaluations"]} | {setting.steps})
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -188,7 +205,7 @@ def _table(setting: Setting, sides: Sides) -> Table:
             body.append([
                 network,
                 name,
-                f"{side.rate:g} of {side.rates}",
+                f"{side.rate:g} of {', '.join(f'{rate:g}' for rate in side.tried)}",
                 _spread(side.losses().values()),
                 _spread(training, 100, 1),
                 _spread(side.accuracy(setting.steps), 100, 1) if side.finite(setting.steps) else "not finite",
@@ -202,18 +219,13 @@ def _table(setting: Setting, sides: Sides) -> Table:
 
 def _course(setting: Setting, sides: Sides) -> Table | None:
     """Loss and test accuracy at the steps where that was taken, of runs that were evaluated on their way."""
-    runs = [run for of in sides.values() for side in of.values() for run in side.runs.values()]
-    steps = sorted({int(step) for run in runs for step in run["evaluations"]})
+    steps = _steps(setting, sides)
     if len(steps) < 2:
         return None
     body = []
     for network, of in sides.items():
         for name, side in sorted(of.items()):
-            cells = []
-            for step in steps:
-                last = [run["losses"][step - LAST if step > LAST else 0 : step] for run in side.runs.values()]
-                loss = [statistics.fmean(part) if part and None not in part else math.inf for part in last]
-                cells.append(f"{_spread(loss)}; {_spread(side.accuracy(step), 100, 1)}")
+            cells = (f"{_spread(side.loss_before(n))}; {_spread(side.accuracy(n), 100, 1)}" for n in steps)
             body.append([network, name, *cells])
     caption = f"Mean loss of the {LAST} steps before; test accuracy in percent."
     head = ["network", "layers", *(f"after {step} steps" for step in steps)]

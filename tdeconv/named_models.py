@@ -22,13 +22,15 @@ from tdeconv.vision import torchvision
 FORMS = "NAME or torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns a torch.nn.Module"
 
 
-def load_model(name: str, *, argument: str = "MODEL") -> nn.Module:
+def load_model(name: str, *, argument: str = "MODEL", **options: Any) -> nn.Module:
     """Make a model with random weights, on the CPU; nothing is downloaded.
 
     Args:
-        name: ``torchvision:NAME`` or just ``NAME``, ``timm:NAME``, or ``MODULE:FUNCTION``, a function without
-            arguments in a module that can be imported, those of the working directory among them.
+        name: ``torchvision:NAME`` or just ``NAME``, ``timm:NAME``, or ``MODULE:FUNCTION``, a function that
+            takes no arguments (but ``options``) in a module that can be imported, those of the working directory among
+            them.
         argument: what errors call the name.
+        options: of the model, ``num_classes`` say.
 
     Raises:
         ValueError: there is no such model, or it cannot be made; the message names those with similar names.
@@ -37,21 +39,21 @@ def load_model(name: str, *, argument: str = "MODEL") -> nn.Module:
     library, colon, inner = name.partition(":")
     shown = f"{argument} {name!r}"
     if not colon:
-        return _torchvision(name, shown, bare=True)
+        return _torchvision(name, shown, options, bare=True)
     if library == "torchvision":
-        return _torchvision(inner, shown)
+        return _torchvision(inner, shown, options)
     if library == "timm":
-        return _timm(inner, shown)
-    return _function(library, inner, shown)
+        return _timm(inner, shown, options)
+    return _function(library, inner, shown, options)
 
 
-def _torchvision(name: str, shown: str, bare: bool = False) -> nn.Module:
+def _torchvision(name: str, shown: str, options: dict[str, Any], bare: bool = False) -> nn.Module:
     models = torchvision().models
     names = models.list_models()
     if name.lower() not in names:
         raise ValueError(f"{shown}: torchvision has no such model{_similar(name, names)}{_forms(bare)}")
     builder = models.get_model_builder(name)
-    options: dict[str, Any] = {"weights": None}
+    options = {"weights": None, **options}
     if "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None  # or they would be downloaded
     with warnings.catch_warnings():
@@ -59,18 +61,18 @@ def _torchvision(name: str, shown: str, bare: bool = False) -> nn.Module:
         return _checked(builder(**options), shown)
 
 
-def _timm(name: str, shown: str) -> nn.Module:
+def _timm(name: str, shown: str, options: dict[str, Any]) -> nn.Module:
     torchvision()  # timm imports it
     timm = import_module("timm")
     if not timm.is_model(name):
         raise ValueError(f"{shown}: timm has no such model{_similar(name, timm.list_models())}")
     try:
-        return _checked(timm.create_model(name, pretrained=False), shown)
+        return _checked(timm.create_model(name, pretrained=False, **options), shown)
     except RuntimeError as error:  # a tag of weights that there are not
         raise ValueError(f"{shown} cannot be made: {error}") from error
 
 
-def _function(module: str, function: str, shown: str) -> nn.Module:
+def _function(module: str, function: str, shown: str, options: dict[str, Any]) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -83,10 +85,11 @@ def _function(module: str, function: str, shown: str) -> nn.Module:
         problem = f"module {module!r} has no function {function!r}"
         raise ValueError(f"{shown} cannot be made: {problem}{_similar(function, names)}")
     try:
-        inspect.signature(maker).bind()
+        inspect.signature(maker).bind(**options)
     except TypeError as error:
-        raise ValueError(f"{shown} cannot be made: the function must do without arguments: {error}") from error
-    return _checked(maker(), shown)  # what goes wrong in there is shown with its traceback
+        must = f"must take {', '.join(options)}" if options else "must do without arguments"
+        raise ValueError(f"{shown} cannot be made: the function {must}: {error}") from error
+    return _checked(maker(**options), shown)  # what goes wrong in there is shown with its traceback
 
 
 def _checked(model: Any, shown: str) -> nn.Module:

@@ -69,6 +69,15 @@ def test_a_librarys_model_by_name(name: str, kind: str) -> None:
     assert all(p.device.type == "cpu" for p in model.parameters())
 
 
+@pytest.mark.usefixtures("nets")
+def test_options_are_the_models() -> None:
+    assert load_model("squeezenet1_1", num_classes=7).num_classes == 7
+    assert load_model("timm:resnet10t", num_classes=7).fc.out_features == 7
+    assert load_model("nets:sized", width=7).in_features == 7
+    with pytest.raises(ValueError, match="'nets:pixels' cannot be made: the function must take width: "):
+        load_model("nets:pixels", width=7)
+
+
 @pytest.mark.parametrize(
     ("name", "refusal", "more"),
     [

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from tdeconv import checks
 from tdeconv.dataflow import Links
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv.merging import bar_merging
 from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
 
 _DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDeconv, nn.Conv3d: FastDeconv3d}
@@ -23,7 +24,8 @@ _DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDe
 class ConversionRow:
     """One layer of a :class:`ConversionReport`: its name, what it was and became, and why.
 
-    ``action`` is ``"converted"`` (into a deconvolution layer), ``"removed"`` (a batch norm) or ``"left"``.
+    ``action`` is ``"converted"`` (into a deconvolution layer), ``"removed"`` (a batch norm) or ``"left"``; or
+    ``"disabled"`` of modules with a method, such as timm's ``reparameterize``, that would merge what was converted.
     """
 
     name: str
@@ -114,6 +116,10 @@ def convert_deconv(
     Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
     that copies.
 
+    Methods without arguments by which modules merge their convolutions and batch norms to be deployed
+    (``reparameterize``, ``fuse``, ``switch_to_deploy``, ``fuse_model``; timm's ``reparameterize_model`` calls these)
+    raise an error where they would merge what was converted: :func:`tdeconv.fuse_deconv_eval` deploys the model.
+
     A covariance of too few samples says nothing of the data, and whitening by it blows up noise. So a converted layer
     takes every ``sampling_stride``-th patch only where that leaves enough of them, and more, up to all of them, where
     maps or batches are small: ``samples_per_feature`` is how many are enough.
@@ -125,7 +131,8 @@ def convert_deconv(
         n_iter: Newton-Schulz steps; at most 3 in group convolutions and 1 in depthwise ones, as in the paper.
         first_n_iter: those of the convolutions that see the model's input.
         freeze_first: whether these freeze their statistics (``freeze`` of :class:`tdeconv.FastDeconv`).
-        linear: convert every ``nn.Linear`` into a :class:`tdeconv.Delinear` too.
+        linear: convert every ``nn.Linear`` into a :class:`tdeconv.Delinear` too. Its docs say what to mind before
+            quantising such a model or adding adapters (LoRA) to it.
         block_fc: features that a :class:`tdeconv.Delinear` whitens together.
         exclude: names of modules as in ``model.named_modules()``, with shell-style wildcards, or classes of modules:
             these and all inside them stay as they are.
@@ -161,6 +168,8 @@ def convert_deconv(
         for name, child in list(parent._modules.items()):
             if child in new:
                 parent.register_module(name, new[child])
+    for names, kind, why in bar_merging(model, set(new.values())):
+        rows.append(ConversionRow(names, kind, "disabled", "-", why))
     if report is not None:
         report.rows = rows
     return new.get(model, model)

@@ -263,6 +263,17 @@ class Delinear(_WeightLayer, nn.Linear):
 
     The features are split into contiguous runs of ``block`` that share one mean and covariance.
 
+    It is a ``torch.nn.Linear`` whose weight is not what multiplies the input, which code that looks for linear layers
+    does not know:
+
+    - An adapter beside the layer (LoRA) trains and runs as it does beside any other. Merged into the layer's weight it
+      would be whitened too: fold the model with :func:`tdeconv.fuse_deconv_eval` first, adapters and all, and merge
+      then.
+    - A quantiser that replaces the weight (torchao's ``quantize_``) makes a layer that raises an error, and one that
+      replaces exactly ``torch.nn.Linear`` (``torch.ao.quantization.quantize_dynamic``) leaves the layer as it is. One
+      that puts a layer of its own in the place of every kind of linear layer loses the whitening without a word. After
+      folding there are plain linear layers for all of them.
+
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
         eps, n_iter, momentum, backend: as in :class:`FastDeconv`.

@@ -87,8 +87,8 @@ def plain_weight(name: str, value: Any) -> Tensor:
     # torch's own are for distributing and tracing
     if hasattr(cls, "__tensor_flatten__") and cls.__module__.partition(".")[0] != "torch":
         raise TypeError(
-            f"{name} must be a plain tensor, not the {cls.__name__} of a quantiser; quantise the model after folding it: "
-            "tdeconv.fuse_deconv_eval(model.eval()) has plain convolutions and linear layers"
+            f"{name} must be a plain tensor, not the {cls.__name__} of a quantiser; quantise the model after folding "
+            "it: tdeconv.fuse_deconv_eval(model.eval()) has plain convolutions and linear layers"
         )
     return float_tensor(name, value)
 

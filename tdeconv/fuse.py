@@ -159,6 +159,8 @@ def _fold(name: str, layer: Any) -> nn.Module:
             padding_mode=layer.padding_mode,
             device="meta",
         )
+        # which is what other modes pad by, even where the layer's padding has been set since
+        plain._reversed_padding_repeated_twice = list(layer._reversed_padding_repeated_twice)
     plain.weight = nn.Parameter(beside(folded, folded), weight.requires_grad)
     plain.bias = nn.Parameter(shift, (weight if bias is None else bias).requires_grad)
     return plain.eval()

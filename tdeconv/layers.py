@@ -181,6 +181,8 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Padding that a convolution's own zeros cannot express goes into the input, before it is sampled."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x, checks.int_tuple("padding", self.padding, self._rank, 0)  # which may have been set since
         sides = self._reversed_padding_repeated_twice
         low = tuple(sides[-2::-2])
         high = tuple(sides[-1::-2])

@@ -50,6 +50,6 @@ def _takes_nothing(method: Any) -> bool:
 
 def _refuse(kind: str, method: str, *_: Any, **__: Any) -> NoReturn:
     raise RuntimeError(
-        f"{kind}.{method}() merges convolutions and batch norms, but tdeconv.convert_deconv has replaced some here, and "
-        "the outputs would be wrong; call it before conversion, or deploy tdeconv.fuse_deconv_eval(model.eval()) as it is"
+        f"{kind}.{method}() merges convolutions and batch norms, but tdeconv.convert_deconv has replaced some of them: "
+        "call it before conversion, or deploy tdeconv.fuse_deconv_eval(model.eval()) as it is"
     )

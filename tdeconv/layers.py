@@ -182,7 +182,7 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Padding that a convolution's own zeros cannot express goes into the input, before it is sampled."""
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            return x, checks.int_tuple("padding", self.padding, self._rank, 0)  # which may have been set since
+            return x, self.padding  # which may have been set since
         sides = self._reversed_padding_repeated_twice
         low = tuple(sides[-2::-2])
         high = tuple(sides[-1::-2])
@@ -219,6 +219,9 @@ class FastDeconv(_FastDeconvNd):
 
     In training the patches' mean and covariance are those of the batch; in evaluation the running ones, folded into
     the weight: a plain convolution.
+
+    It is no ``torch.nn.Conv2d``: quantisers and adapters (LoRA) that look for these leave it as it is, or refuse it.
+    After :func:`tdeconv.fuse_deconv_eval` it is one.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:

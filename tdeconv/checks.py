@@ -80,6 +80,19 @@ def float_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def plain_weight(name: str, value: Any) -> Tensor:
+    """A weight that can be whitened: not one that quantisers made a wrapper of, to whom a layer's weight is what
+    multiplies its input."""
+    cls = type(value)
+    # torch's own are for distributing and tracing
+    if hasattr(cls, "__tensor_flatten__") and cls.__module__.partition(".")[0] != "torch":
+        raise TypeError(
+            f"{name} must be a plain tensor, not the {cls.__name__} of a quantiser; quantise the model after folding "
+            "it: tdeconv.fuse_deconv_eval(model.eval()) has plain convolutions and linear layers"
+        )
+    return float_tensor(name, value)
+
+
 def divides(name: str, divisor: int, of_name: str, of: int) -> None:
     if of % divisor:
         raise ValueError(f"{name} must divide {of_name}, got {name}={divisor} and {of_name}={of}")
@@ -142,7 +155,7 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
 
 def weight_of(weight: Any, x: Tensor, bias: Tensor | None, groups: Any) -> int:
     """A convolution's weight ``(O, C/groups, *kernel)`` and bias ``(O)`` against its input; the groups as an int."""
-    float_tensor("weight", weight)
+    plain_weight("weight", weight)
     groups, channels, (out, per_group, *_) = positive_int("groups", groups), sizes(x)[1], sizes(weight)
     divides("groups", groups, "the input's channels", channels)
     divides("groups", groups, "the output channels", out)

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from tdeconv import cautions, checks, starts
 from tdeconv.dataflow import Links
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv.merging import bar_merging
 from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,7 +31,8 @@ _DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDe
 class ConversionRow:
     """One layer of a :class:`ConversionReport`: its name, what it was and became, and why.
 
-    ``action`` is ``"converted"`` (into a deconvolution layer), ``"removed"`` (a batch norm) or ``"left"``.
+    ``action`` is ``"converted"`` (into a deconvolution layer), ``"removed"`` (a batch norm) or ``"left"``; or
+    ``"disabled"`` of modules with a method, such as timm's ``reparameterize``, that would merge what was converted.
     """
 
     name: str
@@ -136,6 +138,8 @@ def convert_deconv(
     Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
     that copies.
 
+    for names, kind, why in bar_merging(model, set(new.values())):
+        rows.append(ConversionRow(names, kind, "disabled", "-", why))
     Many networks of other makers do not learn if every convolution is replaced as the paper's code would. So, unless
     ``recipe="paper"`` or the arguments named say otherwise:
 
@@ -163,7 +167,8 @@ def convert_deconv(
         n_iter: Newton-Schulz steps; at most 3 in group convolutions and 1 in depthwise ones, as in the paper.
         first_n_iter: those of the convolutions that see the model's input.
         freeze_first: whether these freeze their statistics (``freeze`` of :class:`tdeconv.FastDeconv`).
-        linear: convert every ``nn.Linear`` into a :class:`tdeconv.Delinear` too.
+        linear: convert every ``nn.Linear`` into a :class:`tdeconv.Delinear` too. Its docs say what to mind before
+            quantising such a model or adding adapters (LoRA) to it.
         block_fc: features that a :class:`tdeconv.Delinear` whitens together.
         exclude: names of modules as in ``model.named_modules()``, with shell-style wildcards, or classes of modules:
             these and all inside them stay as they are.
@@ -217,6 +222,8 @@ def convert_deconv(
         for name, child in list(parent._modules.items()):
             if child in new:
                 parent.register_module(name, new[child])
+    for names, kind, why in bar_merging(model, set(new.values())):
+        rows.append(ConversionRow(names, kind, "disabled", "-", why))
     report = ConversionReport() if report is None else report
     report.rows = rows
     _log.info("%s (report=tdeconv.ConversionReport() lists them)", report.summary)

@@ -137,7 +137,8 @@ def fold_deconv(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
-    for name, value in (("weight", weight), ("mean", mean), ("deconv", deconv)):
+    checks.plain_weight("weight", weight)
+    for name, value in (("mean", mean), ("deconv", deconv)):
         checks.float_tensor(name, value)
     if weight.ndim < 2:
         raise ValueError(f"weight must have shape (O, C/groups, *kernel), got {tuple(weight.shape)}")
@@ -224,7 +225,7 @@ def fast_deconv(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, range or device.
     """
-    rank = checks.float_tensor("weight", weight).ndim - 2
+    rank = checks.plain_weight("weight", weight).ndim - 2
     checks.float_tensor("x", x)
     if not 1 <= rank <= 3:
         raise ValueError(f"weight must have shape (O, C/groups, *kernel) with 1 to 3 axes, got {tuple(weight.shape)}")
@@ -294,7 +295,7 @@ def delinear(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, range or device.
     """
-    checks.float_tensor("weight", weight)
+    checks.plain_weight("weight", weight)
     checks.float_tensor("x", x)
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (O, C), got {tuple(weight.shape)}")

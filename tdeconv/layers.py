@@ -181,6 +181,8 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Padding that a convolution's own zeros cannot express goes into the input, before it is sampled."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x, self.padding  # which may have been set since
         sides = self._reversed_padding_repeated_twice
         low = tuple(sides[-2::-2])
         high = tuple(sides[-1::-2])
@@ -217,6 +219,9 @@ class FastDeconv(_FastDeconvNd):
 
     In training the patches' mean and covariance are those of the batch; in evaluation the running ones, folded into
     the weight: a plain convolution.
+
+    It is no ``torch.nn.Conv2d``: quantisers and adapters (LoRA) that look for these leave it as it is, or refuse it.
+    After :func:`tdeconv.fuse_deconv_eval` it is one.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
@@ -262,6 +267,17 @@ class Delinear(_WeightLayer, nn.Linear):
     """Fully connected layer over whitened features.
 
     The features are split into contiguous runs of ``block`` that share one mean and covariance.
+
+    It is a ``torch.nn.Linear`` whose weight is not what multiplies the input, which code that looks for linear layers
+    does not know:
+
+    - An adapter beside the layer (LoRA) trains and runs as it does beside any other. Merged into the layer's weight it
+      would be whitened too: fold the model with :func:`tdeconv.fuse_deconv_eval` first, adapters and all, and merge
+      then.
+    - A quantiser that replaces the weight (torchao's ``quantize_``) makes a layer that raises an error, and one that
+      replaces exactly ``torch.nn.Linear`` (``torch.ao.quantization.quantize_dynamic``) leaves the layer as it is. One
+      that puts a layer of its own in the place of every kind of linear layer loses the whitening without a word. After
+      folding there are plain linear layers for all of them.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.

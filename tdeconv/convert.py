@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tdeconv import checks
 from tdeconv.dataflow import Links
+from tdeconv.holders import carry_over, replace
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
 
@@ -146,7 +147,7 @@ def convert_deconv(
     options.check()
     plan = Plan(model, linear, _excluded(model, exclude))
     rows: list[ConversionRow] = []
-    new: dict[nn.Module | None, nn.Module] = {}
+    new: dict[nn.Module, nn.Module] = {}
     with torch.inference_mode(False):  # parameters made in inference mode could not be trained
         for module, name in plan.layers.items():
             action, became, why = "left", "-", plan.why_left(module)
@@ -156,11 +157,10 @@ def convert_deconv(
             elif not why:
                 new[module] = _deconv(module, module in plan.first, options)
                 action, became, why = "converted", _describe(new[module]), plan.remark(module)
+            if module in new:
+                carry_over(module, new[module])
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                parent.register_module(name, new[child])
+    replace(model, new)
     if report is not None:
         report.rows = rows
     return new.get(model, model)

@@ -14,6 +14,8 @@ from torch import fx, nn
 from torch.nn.modules import activation, dropout, padding, pooling
 from torch.nn.modules.conv import _ConvNd
 
+from tdeconv.holders import restored
+
 INPUT, OUTPUT, UNKNOWN = "the model's input", "the model's output", "unknown"
 
 End = nn.Module | str
@@ -83,18 +85,12 @@ def links(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> dict[nn.Mod
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Tracing runs the model's Python code: in training mode, and undone afterwards."""
-    modules = (m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule))
-    saved = [(module, dict(vars(module))) for module in modules]
-    for module, _ in saved:
-        module.training = True
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for module, attributes in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), restored(model):
+        warnings.simplefilter("ignore")
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.training = True
+        yield
 
 
 class _Tracer(fx.Tracer):

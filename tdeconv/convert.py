@@ -38,6 +38,7 @@ class ConversionRow:
 class ConversionReport:
     """What :func:`convert_deconv` did with every convolution, batch norm and linear layer, and why.
 
+    A norm of another kind behind a deconvolution layer has a row too: it is left, and may be needless.
     ``print(report)`` shows a table; ``converted``, ``removed`` and ``left`` are the rows of each kind.
     """
 
@@ -114,6 +115,10 @@ def convert_deconv(
 
     Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
     that copies.
+
+    A layer that the model keeps in Python lists, dicts, objects, bound methods or partials too is replaced there as
+    well. One that a closure or an iterator holds, that has hooks, or a forward, parameters or buffers of its own, is left
+    and the report says why. Attributes that were set on a layer are carried over to what takes its place.
 
     A covariance of too few samples says nothing of the data, and whitening by it blows up noise. So a converted layer
     takes every ``sampling_stride``-th patch only where that leaves enough of them, and more, up to all of them, where

@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,19 @@ _IMMUTABLE = (tuple, frozenset, functools.partial)
 _ENDS = (str, bytes, int, float, complex, type(None), Tensor, torch.jit.ScriptModule, ModuleType, FrameType, CodeType)
 # The names that the methods have which call a layer.
 _CALLS = ("forward", "_wrapped_call_impl", "_call_impl")
+# Bits of a class's flags: those of classes that Python code makes, and those of most that are written in C.
+_HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8
 
 
 def held_fast(model: nn.Module, layers: Collection[nn.Module]) -> dict[nn.Module, str]:
     """The layers that are also held where :func:`replace` cannot replace them, and what holds them there."""
-    return {item: holder for item, holder in _reached(model) if holder and _is(item, nn.Module) and item in layers}
+    found = [held for held in _reached(model) if held.holder and _is(held.item, nn.Module)]
+    return {held.item: held.holder for held in found if held.item in layers}
 
 
 def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put the new layers wherever the model, or one of them, reaches the old ones: in ``_modules`` as in any list."""
-    for item in [item for item, _ in _reached(model, *new.values()) if _is(item, _MUTABLE)]:
+    for item in [held.item for held in _reached(model, *new.values()) if held.is_writable]:
         _write(item, [_replaced(value, new) for value in _read(item)])
 
 
@@ -50,9 +53,10 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Take back, at the end, what was changed meanwhile in all that the model reaches, and in any tensor.
 
     That is: attributes, those of the model's own classes too, and the contents of lists, dicts, sets and deques. What
-    Python code changes elsewhere, in a global variable or a file, stays changed.
+    Python code changes elsewhere stays changed: global variables, files, arrays of numpy, iterators and random
+    generators of its own.
     """
-    saved = [(item, _read(item)) for item, _ in _reached(model) if _is(item, (*_MUTABLE, type))]
+    saved = [(held.item, _read(held.item)) for held in _reached(model) if held.is_writable or _is(held.item, type)]
     try:
         with _TensorsRestored():
             yield
@@ -66,32 +70,44 @@ def _is(item: Any, kinds: type | tuple[type, ...]) -> bool:
     return issubclass(type(item), kinds)
 
 
-def _reached(*roots: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Every object that can be reached, with what holds it fast: empty where it can be exchanged for another.
+class _Held(NamedTuple):
+    item: Any
+    holder: str  # what holds it where it cannot be exchanged for another; empty where it can
+    sealed: bool  # inside an object of a class written in C, which may rely on its containing just this
 
-    An object that is held in both ways comes twice.
-    """
-    todo: list[tuple[Any, str]] = [(root, "") for root in roots]
-    seen: dict[tuple[int, bool], Any] = {}  # the objects too: an id is one object's only as long as that lives
+    @property
+    def is_writable(self) -> bool:
+        return _is(self.item, _MUTABLE) and not self.sealed
+
+
+def _reached(*roots: nn.Module) -> Iterator[_Held]:
+    """Every object that can be reached; once for each of the ways in which it is held."""
+    todo = [_Held(root, "", False) for root in roots]
+    seen: dict[tuple[int, bool, bool], Any] = {}  # the objects too: an id is one object's only as long as that lives
     while todo:
-        item, holder = todo.pop()
-        if _is(item, _ENDS) or (id(item), holder != "") in seen or not _is_of_a_model(item):
+        held = todo.pop()
+        item, holder, sealed = held
+        key = id(item), holder != "", sealed
+        if key in seen:
             continue
-        seen[id(item), holder != ""] = item
-        yield item, holder
+        seen[key] = item
+        yield held
         attributes = _attributes(item)
-        todo.append((attributes, ""))
+        if attributes is not None:
+            todo.append(_Held(attributes, "", False))
         if _is(item, _MUTABLE):
-            holder = ""
+            holder = holder if sealed else ""
         elif not _is_made_anew(item):
-            holder = _name(item)
+            holder, sealed = _name(item), _is_sealed(item)
         writable = {id(attributes), *map(id, (attributes or {}).values())}
-        todo += [(inner, holder) for inner in _referents(item) if id(inner) not in writable]
+        todo += [_Held(r, holder, sealed) for r in _referents(item) if id(r) not in writable and _is_of_a_model(r)]
 
 
 def _is_of_a_model(item: Any) -> bool:
-    """Everything is, save classes: of these the modules' own alone, and none of torch's."""
-    return not _is(item, type) or (issubclass(item, nn.Module) and item.__module__.partition(".")[0] != "torch")
+    """Of classes the modules' own alone, and none of torch's; of other objects all but those that end the search."""
+    if _is(item, type):
+        return issubclass(item, nn.Module) and item.__module__.partition(".")[0] != "torch"
+    return not _is(item, _ENDS)
 
 
 def _attributes(item: Any) -> dict[str, Any] | None:
@@ -116,8 +132,15 @@ def _referents(item: Any) -> list[Any]:
 def _is_made_anew(item: Any) -> bool:
     """Whether another can be made of other contents, so that these are held as fast as it is itself."""
     if type(item) is MethodType:
-        return item.__name__ in _CALLS
+        return item.__name__ in _CALLS and getattr(type(item.__self__), item.__name__, None) is item.__func__
     return type(item) in _IMMUTABLE or _is_named_tuple(item)
+
+
+def _is_sealed(item: Any) -> bool:
+    """Whether its class is no class of Python's, whose attributes are all that it has."""
+    if _is(item, (FunctionType, MethodType, weakref.ref, type)):
+        return False
+    return type(item).__flags__ & (_HEAP_TYPE | _IMMUTABLE_TYPE) != _HEAP_TYPE
 
 
 def _is_named_tuple(item: Any) -> bool:
@@ -125,6 +148,8 @@ def _is_named_tuple(item: Any) -> bool:
 
 
 def _name(item: Any) -> str:
+    if _is(item, weakref.ref):
+        return "a weak reference"
     name = item.__qualname__ if type(item) in (FunctionType, MethodType, type) else ""
     return f"a {type(item).__name__} {name}".rstrip()
 

@@ -131,9 +131,10 @@ class Plan:
 
     def _why_lost(self, module: nn.Module) -> str:
         """What a new layer in its place would not have or do; empty for nothing."""
-        if module in self._held_fast:
-            return f"also held by {self._held_fast[module]}, where it cannot be replaced"
-        return _why_own(module)
+        held = (
+            f"also held by {self._held_fast[module]}, where it cannot be replaced" if module in self._held_fast else ""
+        )
+        return _why_own(module) or held
 
     def _why_listed(self, norm: nn.Module) -> str:
         """Empty if no deconvolution layer feeds this norm of another kind."""

@@ -117,8 +117,8 @@ def convert_deconv(
     that copies.
 
     A layer that the model keeps in Python lists, dicts, objects, bound methods or partials too is replaced there as
-    well. One that a closure or an iterator holds, that has hooks, or a forward, parameters or buffers of its own, is left
-    and the report says why. Attributes that were set on a layer are carried over to what takes its place.
+    well. One that a closure or an iterator holds, or that has hooks, or a forward, parameters or buffers of its own, is
+    left, and the report says why. Attributes that were set on a layer are carried over to what takes its place.
 
     A covariance of too few samples says nothing of the data, and whitening by it blows up noise. So a converted layer
     takes every ``sampling_stride``-th patch only where that leaves enough of them, and more, up to all of them, where

@@ -245,7 +245,7 @@ def _data_inputs(node: fx.Node) -> list[fx.Node]:
 def _fill_from_order(model: nn.Module, leaves: set[nn.Module], found: dict[nn.Module, Links]) -> None:
     """Put the neighbours in the order of registration where no trace tells."""
     inner = {child for leaf in leaves for child in leaf.modules() if child is not leaf}
-    order = [m for m in model.modules() if m in leaves or not (m in inner or any(m.children()))]
+    order = [m for m in model.modules() if m in leaves or not (m in inner or list(m.children()))]
     order = [m for m in order if m in leaves or not isinstance(m, _PASSING_MODULES)]
     for i, module in enumerate(order):
         if module not in leaves:

@@ -92,15 +92,13 @@ def _reached(*roots: nn.Module) -> Iterator[_Held]:
             continue
         seen[key] = item
         yield held
-        attributes = _attributes(item)
-        if attributes is not None:
+        if (attributes := _attributes(item)) is not None:
             todo.append(_Held(attributes, "", False))
         if _is(item, _MUTABLE):
             holder = holder if sealed else ""
         elif not _is_made_anew(item):
             holder, sealed = _name(item), _is_sealed(item)
-        writable = {id(attributes), *map(id, (attributes or {}).values())}
-        todo += [_Held(r, holder, sealed) for r in _referents(item) if id(r) not in writable and _is_of_a_model(r)]
+        todo += [_Held(inner, holder, sealed) for inner in _referents(item) if _is_of_a_model(inner)]
 
 
 def _is_of_a_model(item: Any) -> bool:
@@ -120,13 +118,16 @@ def _attributes(item: Any) -> dict[str, Any] | None:
 
 
 def _referents(item: Any) -> list[Any]:
+    """What it holds besides its attributes."""
     if _is(item, FunctionType):  # without its global variables
         return [*gc.get_referents(*(item.__closure__ or ())), item.__defaults__, item.__kwdefaults__]
     if _is(item, weakref.ref):
         return [item()]
     if _is(item, type):
         return [*vars(item).values(), *item.__bases__]
-    return gc.get_referents(item)
+    attributes = _attributes(item) or {}
+    besides = {id(attributes), *map(id, attributes.values())}  # as which Python gives them, or their values alone
+    return [inner for inner in gc.get_referents(item) if id(inner) not in besides]
 
 
 def _is_made_anew(item: Any) -> bool:

@@ -125,6 +125,16 @@ def closure(conv: nn.Module, norm: nn.Module) -> Any:
     return lambda x: norm(conv(x))
 
 
+def wrapped(layer: nn.Module) -> Any:
+    """As ``torch.compile`` makes it: an attribute of the function says what it wraps."""
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x)
+
+    call.__wrapped__ = layer
+    return call
+
+
 def nested(conv: nn.Module, norm: nn.Module) -> Any:
     calls = [conv, closure(conv, norm)]
     return lambda x: calls[1](x)
@@ -132,6 +142,7 @@ def nested(conv: nn.Module, norm: nn.Module) -> Any:
 
 HELD_FAST = {
     "closure": (closure, lambda held, x: held(x), "a function closure.<locals>.<lambda>"),
+    "wrapper": (lambda c, n: [wrapped(c), wrapped(n)], in_order, "a function wrapped.<locals>.call"),
     "default": (lambda c, n: lambda x, c=c, n=n: n(c(x)), lambda held, x: held(x), "a function"),
     "iterator": (lambda c, n: itertools.cycle([c, n]), lambda held, x: next(held)(next(held)(x)), "a cycle"),
     "weak reference": (
@@ -165,6 +176,21 @@ def test_layer_that_is_held_fast_elsewhere_is_left_and_the_report_names_the_hold
     assert [row.action for row in report.rows] == ["left", "left"]
     assert all(row.why.startswith(f"also held by {holder}") for row in report.rows)
     assert torch.equal(model(x), before)
+
+
+def test_compiled_layer_is_left_and_a_compiled_part_is_converted_inside() -> None:
+    def part() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    compiled = torch.compile(part(), backend="eager")
+    model = nn.Sequential(compiled, torch.compile(nn.Conv2d(4, 4, 1), backend="eager"), nn.BatchNorm2d(4))
+    model = model.double()
+    report = report_of(model)
+    assert [row.action for row in report.rows] == ["converted", "removed", "left", "left"]
+    assert "also held by a function" in report.left[0].why
+    layer = compiled._orig_mod[0]
+    model(randn(5, 4, 6, 6) + 1)
+    assert layer.running_mean.any()
 
 
 def test_list_that_other_modules_share_is_replaced_once() -> None:

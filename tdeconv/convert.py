@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
 
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tdeconv import cautions, checks, starts
 from tdeconv.dataflow import Links
+from tdeconv.holders import carry_over, replace
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.merging import bar_merging
 from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
@@ -46,6 +47,7 @@ class ConversionRow:
 class ConversionReport:
     """What :func:`convert_deconv` did with every convolution, batch norm and linear layer, and why.
 
+    A norm of another kind behind a deconvolution layer has a row too: it is left, and may be needless.
     ``print(report)`` shows a table, ``summary`` is its last line; ``converted``, ``removed`` and ``left`` are the rows
     of each kind.
     """
@@ -90,7 +92,6 @@ _RECIPES: dict[str, dict[str, Any]] = {
 class _Options:
     """How the new layers are made."""
 
-    block: int | None
     sampling_stride: int
     samples_per_feature: int
     n_iter: int
@@ -100,7 +101,7 @@ class _Options:
     backend: str | None
 
     def check(self) -> None:
-        checks.options(1e-5, self.n_iter, 0.1, self.block or _BLOCK, self.sampling_stride)
+        checks.options(1e-5, self.n_iter, 0.1, _BLOCK, self.sampling_stride)
         checks.positive_int("samples_per_feature", self.samples_per_feature, least=0)
         checks.positive_int("first_n_iter", self.first_n_iter)
         checks.positive_int("block_fc", self.block_fc)
@@ -138,8 +139,14 @@ def convert_deconv(
     Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
     that copies.
 
-    for names, kind, why in bar_merging(model, set(new.values())):
-        rows.append(ConversionRow(names, kind, "disabled", "-", why))
+    Methods without arguments by which modules merge their convolutions and batch norms to be deployed
+    (``reparameterize``, ``fuse``, ``switch_to_deploy``, ``fuse_model``; timm's ``reparameterize_model`` calls these)
+    raise an error where they would merge what was converted: :func:`tdeconv.fuse_deconv_eval` deploys the model.
+
+    A layer that the model keeps in Python lists, dicts, objects, bound methods or partials too is replaced there as
+    well. One that a closure or an iterator holds, or that has hooks, or a forward, parameters or buffers of its own, is
+    left, and the report says why. Attributes that were set on a layer are carried over to what takes its place.
+
     Many networks of other makers do not learn if every convolution is replaced as the paper's code would. So, unless
     ``recipe="paper"`` or the arguments named say otherwise:
 
@@ -197,14 +204,14 @@ def convert_deconv(
     )
     blocks = _blocks(model, rules["block"])
     options = _Options(
-        None, sampling_stride, rules["samples_per_feature"], n_iter, first_n_iter, freeze_first, block_fc, backend
+        sampling_stride, rules["samples_per_feature"], n_iter, first_n_iter, freeze_first, block_fc, backend
     )
     options.check()
     excluded = _excluded(model, exclude)
     plan = Plan(model, linear, excluded, rules["unnormalised"])
     cautions.warn(plan, excluded)
     rows: list[ConversionRow] = []
-    new: dict[nn.Module | None, nn.Module] = {}
+    new: dict[nn.Module, nn.Module] = {}
     with torch.inference_mode(False):  # parameters made in inference mode could not be trained
         for module, name in plan.layers.items():
             action, became, why = "left", "-", plan.why_left(module)
@@ -212,16 +219,15 @@ def convert_deconv(
                 new[module] = _without_norm(module, plan.links[module])
                 action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
             elif not why:
-                new[module] = _deconv(module, module in plan.first, replace(options, block=blocks[module]))
+                new[module] = _deconv(module, module in plan.first, blocks[module], options)
                 norm = plan.norm_of.get(module) if rules["keep_affine"] else None
                 if norm is not None:
                     starts.take_affine(new[module], norm)
                 action, became, why = "converted", _describe(new[module]), plan.remark(module, norm)
+            if module in new:
+                carry_over(module, new[module])
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                parent.register_module(name, new[child])
+    replace(model, new)
     for names, kind, why in bar_merging(model, set(new.values())):
         rows.append(ConversionRow(names, kind, "disabled", "-", why))
     report = ConversionReport() if report is None else report
@@ -339,7 +345,7 @@ def _default_block(taps: int) -> int:
     return block
 
 
-def _deconv(layer: Any, first: bool, options: _Options) -> nn.Module:
+def _deconv(layer: Any, first: bool, block: int | None, options: _Options) -> nn.Module:
     """The deconvolution layer for a convolution or linear layer: its weight, a bias, fresh running statistics."""
     weight, n_iter = layer.weight, options.n_iter
     common: dict[str, Any] = {"backend": options.backend, "device": "meta", "dtype": weight.dtype}
@@ -352,7 +358,7 @@ def _deconv(layer: Any, first: bool, options: _Options) -> nn.Module:
             *(layer.in_channels, layer.out_channels, layer.kernel_size),
             *(layer.stride, layer.padding, layer.dilation, layer.groups),
             n_iter=options.first_n_iter if first else min(n_iter, most),
-            block=options.block or _default_block(math.prod(layer.kernel_size)),
+            block=block or _default_block(math.prod(layer.kernel_size)),
             sampling_stride=options.sampling_stride,
             samples_per_feature=options.samples_per_feature,
             freeze=first and options.freeze_first,

@@ -14,6 +14,8 @@ from torch import fx, nn
 from torch.nn.modules import activation, dropout, padding, pooling
 from torch.nn.modules.conv import _ConvNd
 
+from tdeconv.holders import restored
+
 INPUT, OUTPUT, UNKNOWN = "the model's input", "the model's output", "unknown"
 
 End = nn.Module | str
@@ -89,18 +91,12 @@ def links(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> dict[nn.Mod
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Tracing runs the model's Python code: in training mode, and undone afterwards."""
-    modules = (m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule))
-    saved = [(module, dict(vars(module))) for module in modules]
-    for module, _ in saved:
-        module.training = True
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for module, attributes in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), restored(model):
+        warnings.simplefilter("ignore")
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.training = True
+        yield
 
 
 class _Tracer(fx.Tracer):
@@ -261,7 +257,7 @@ def _data_inputs(node: fx.Node) -> list[fx.Node]:
 def _fill_from_order(model: nn.Module, leaves: set[nn.Module], found: dict[nn.Module, Links]) -> None:
     """Put the neighbours in the order of registration where no trace tells."""
     inner = {child for leaf in leaves for child in leaf.modules() if child is not leaf}
-    order = [m for m in model.modules() if m in leaves or not (m in inner or any(m.children()))]
+    order = [m for m in model.modules() if m in leaves or not (m in inner or list(m.children()))]
     order = [m for m in order if m in leaves or not isinstance(m, _PASSING_MODULES)]
     for i, module in enumerate(order):
         if module not in leaves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tdeconv.dataflow import INPUT, End, Links, links
+from tdeconv.dataflow import INPUT, UNKNOWN, End, Links, links
+from tdeconv.holders import held_fast
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
 DECONVS = (FastDeconv, FastDeconv1d, FastDeconv3d, Delinear)
@@ -20,11 +23,13 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Known by name, since neither package is needed here. Those of timm apply a dropout and an activation too.
 _FOREIGN_NORMS = {
-    ("torchvision", "FrozenBatchNorm2d"),
     ("timm", "BatchNormAct2d"),
     ("timm", "FrozenBatchNormAct2d"),
     ("timm", "SyncBatchNormAct"),
 }
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+# Norms of other kinds, for the report; those of other packages are known by "Norm" in their names.
+_OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
 # In evaluation their fast paths use the weights of the layers inside without calling these.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -34,7 +39,24 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_foreign_norm(module: nn.Module) -> bool:
-    return (type(module).__module__.partition(".")[0], type(module).__name__) in _FOREIGN_NORMS
+    return (type(module).__module__.partition(".")[0], type(module).__name__) in _FOREIGN_NORMS or _is_frozen(module)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """The frozen batch norm that torchvision, detectron2, DETR and others have each of their own.
+
+    Its name and its buffers, which others hold as parameters, leave it nothing else to compute.
+    """
+    if not type(module).__name__.endswith("FrozenBatchNorm2d"):
+        return False
+    buffers = {"weight", "bias", "running_mean", "running_var"}
+    return not module._parameters and module._buffers.keys() - {"num_batches_tracked"} == buffers
+
+
+def _is_other_norm(module: nn.Module) -> bool:
+    if isinstance(module, _OTHER_NORMS):
+        return True
+    return "Norm" in type(module).__name__ and not any(map(_is_layer, module.modules()))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -45,7 +67,8 @@ class Plan:
     """What goes and what stays.
 
     Attributes:
-        layers: every convolution, batch norm and linear layer, with its name, in the order of registration.
+        layers: every convolution, batch norm and linear layer, with its name, in the order of registration; and the
+            norms of other kinds that normalise what a deconvolution layer has whitened.
         whitening: the deconvolution layers, those there are and those to be.
         removed: the batch norms that go, and why.
         first: the convolutions that see the model's input, or the first one if it is computed with before.
@@ -58,7 +81,10 @@ class Plan:
         self.layers = {m: name for m, name in self._names.items() if _is_layer(m) and m not in inner}
         self._linear, self._excluded = linear, excluded
         self._bypassed = {m for b in self._names if isinstance(b, _BYPASSING) for m in b.modules()}
-        self.links = links(model, self.layers.__contains__)
+        self._behind: dict[nn.Module, str] = {}
+        self._held_fast = held_fast(model, self.layers)
+        others = {m for m in self._names if m not in inner and m not in self.layers and _is_other_norm(m)}
+        self.links = links(model, lambda m: m in self.layers or m in others)
         norms = [m for m in self.layers if is_norm(m)]
         # without any batch norm, and none taken out before, there is nothing to go by
         without_norms = not norms and not any(isinstance(m, DECONVS) for m in self.layers)
@@ -66,22 +92,11 @@ class Plan:
         self.whitening = {m for m in self.layers if isinstance(m, DECONVS) or not (is_norm(m) or self.why_left(m))}
         self.removed: dict[nn.Module, str] = {}
         self._remove_norms()
-        behind: dict[End, list[nn.Module]] = {}
-        for norm in norms:
-            for end in self.links[norm].sources:
-                behind.setdefault(end, []).append(norm)
-        owners = Counter(id(p) for m in self.layers for p in m.parameters(recurse=False))
-        self.norm_of: dict[nn.Module, nn.Module] = {
-            conv: found[0]
-            for conv, found in behind.items()
-            if isinstance(conv, _ConvNd)
-            and len(found) == 1
-            and found[0] in self.removed
-            and self.links[found[0]].sources == [conv]
-            if all(owners[id(p)] == 1 for p in conv.parameters(recurse=False))  # a shared weight has another's scale
-        }
+        self.norm_of = self._norms_behind(norms)
         convs: list[Any] = [m for m in self.links if isinstance(m, _ConvNd)]  # in the order of calls
         self.first = {m for m in convs if self._ends(m, "sources") == [INPUT]} or set(convs[:1])
+        self._behind = {m: why for m in others if (why := self._why_listed(m))}
+        self.layers = {m: name for m, name in self._names.items() if m in self.layers or m in self._behind}
 
     def _unnormalised(self, norms: list[nn.Module]) -> set[nn.Module]:
         """The convolutions with a batch norm neither behind nor before them. One before a map's mean, as the squeeze
@@ -92,6 +107,20 @@ class Plan:
             if not known.isdisjoint(set(self.links[module].sources) - self.links[module].pooled):
                 normalised.add(module)
         return {m for m in self.layers if isinstance(m, _ConvNd) and m not in normalised}
+
+    def _norms_behind(self, norms: list[nn.Module]) -> dict[nn.Module, nn.Module]:
+        """The batch norms that go, by the convolution that alone feeds them, and no other. A convolution that shares
+        its weight is not among these: the weight's scale is another's, too."""
+        readers = Counter(end for norm in norms for end in self.links[norm].sources)
+        owners = Counter(id(p) for m in self.layers for p in m.parameters(recurse=False))
+        found: dict[nn.Module, nn.Module] = {}
+        for norm in self.removed:
+            (conv, *others) = self.links[norm].sources or [UNKNOWN]
+            if isinstance(conv, _ConvNd) and not others and readers[conv] == 1:
+                alone = all(owners[id(p)] == 1 for p in conv.parameters(recurse=False))
+                if alone and conv.out_channels == num_features(norm):
+                    found[conv] = norm
+        return found
 
     def _remove_norms(self) -> None:
         """Each batch norm that goes brings what it fed closer to the layer that fed it."""
@@ -105,6 +134,8 @@ class Plan:
 
     def why_left(self, module: nn.Module) -> str:
         """Empty if it goes."""
+        if module in self._behind:
+            return self._behind[module]
         if isinstance(module, DECONVS):
             return "a deconvolution layer already"
         if module in self._excluded:
@@ -115,10 +146,10 @@ class Plan:
             return "a transposed convolution"
         if isinstance(module, nn.Linear) and not self._linear:
             return "linear=False"
-        if module in self._plain:
-            return "no batch norm before or behind it"
         if not is_norm(module):
-            return _why_unsafe(module, self.links[module], module in self._bypassed)
+            plain = "no batch norm before or behind it" if module in self._plain else ""
+            unsafe = _why_unsafe(module, self.links[module], module in self._bypassed)
+            return unsafe or self._why_lost(module) or plain
         return "" if module in self.removed else self._why_norm_stays(module) or self._why_needed(module)
 
     def _why_norm_stays(self, norm: nn.Module) -> str:
@@ -129,7 +160,19 @@ class Plan:
             return f"a subclass of {_base(norm)} with a forward of its own"
         if self.links[norm].weight_read:
             return "its parameters or statistics are used without calling it"
-        return "has hooks, which would be lost" if _hooked(norm) else ""
+        return self._why_lost(norm)
+
+    def _why_lost(self, module: nn.Module) -> str:
+        """What a new layer in its place would not have or do; empty for nothing."""
+        held = (
+            f"also held by {self._held_fast[module]}, where it cannot be replaced" if module in self._held_fast else ""
+        )
+        return _why_own(module) or held
+
+    def _why_listed(self, norm: nn.Module) -> str:
+        """Empty if no deconvolution layer feeds this norm of another kind."""
+        sources = [end for end in self._ends(norm, "sources") if end in self.whitening]
+        return f"no batch norm; it normalises what {self._list(sources)} has whitened already" if sources else ""
 
     def _why_needless(self, norm: nn.Module) -> str:
         """Empty if it is not."""
@@ -193,8 +236,6 @@ def _why_unsafe(module: Any, link: Links, bypassed: bool) -> str:
         return "its weight or bias is computed from others"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}"
-    if _hooked(module):
-        return "has hooks, which would be lost"
     if bypassed or link.weight_read:
         return "its weight is used without calling it"
     return ""
@@ -214,9 +255,29 @@ def _base(module: nn.Module) -> str:
     return next(c.__name__ for c in type(module).__mro__[1:] if c.__module__.startswith("torch.nn"))
 
 
-def _hooked(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+def _why_own(module: Any) -> str:
+    """What somebody has given this very layer, and another in its place would not have; empty for nothing."""
+    kind = type(module)
+    if any(value for name, value in vars(module).items() if name.endswith("_hooks")):
+        return "has hooks, which would be lost"
+    for name, value in vars(module).items():
+        if callable(value) and hasattr(kind, name):
+            return f"has a {name} of its own, set on the layer itself"
+    usual = {"weight", "bias"}
+    if is_norm(module):
+        usual |= _STATISTICS | ({"act", "drop"} if _is_foreign_norm(module) else set())
+    if own := {*module._parameters, *module._buffers, *module._modules} - usual:
+        return f"has a parameter, buffer or module of its own, {min(own)}"
+    clash = set() if is_norm(module) else vars(module).keys() & _new_names(isinstance(module, nn.Linear))
+    return f"has an attribute {min(clash)}, as a deconvolution layer has, of another meaning" if clash else ""
+
+
+@functools.cache
+def _new_names(linear: bool) -> set[str]:
+    """The attributes that a deconvolution layer has and the layer before it has not."""
+    old: nn.Module = nn.Linear(1, 1, device="meta") if linear else nn.Conv2d(1, 1, 1, device="meta")
+    new: nn.Module = Delinear(1, 1, device="meta") if linear else FastDeconv(1, 1, 1, device="meta")
+    return set(dir(new)) - set(dir(old))
 
 
 def _size(layer: Any, side: str) -> int:

@@ -52,7 +52,7 @@ def test_public_model_converts_trains_evaluates_and_folds(name: str) -> None:
     torch.manual_seed(0)
     public, report = PUBLIC[name], ConversionReport()
     model = convert_deconv(build(name), report=report, **public.convert)
-    left = [row for row in report.left if row.why != "linear=False"]
+    left = [row for row in report.left if row.why != "linear=False" and not row.why.startswith("no batch norm")]
     assert report.converted
     assert len(left) == public.left, report
     again = ConversionReport()

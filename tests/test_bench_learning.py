@@ -166,6 +166,17 @@ def test_options_reach_the_conversion() -> None:
     assert 2 in {m.n_iter for m in model.modules() if isinstance(m, tdeconv.FastDeconv)}
 
 
+def test_a_converted_network_is_calibrated_by_its_first_batch() -> None:
+    task = tasks.Task(tasks.load("digits", 8), 8, dense=False)
+    start, calibrated = (
+        train._start(plan("converted", calibrate=asked), NETWORKS["tiny"], task, torch.device("cpu"))
+        for asked in (False, True)
+    )
+    assert not torch.equal(start[0].weight, calibrated[0].weight)
+    tdeconv.calibrate_deconv(start, task.prepare(*next(task.batches(0, 16))).images)
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), calibrated.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("side", train.SIDES)
 def test_evaluations_on_the_way_change_nothing(side: str) -> None:
     alone, watched = trained(plan(side)), trained(plan(side), checkpoints=[1, 2])
@@ -247,7 +258,7 @@ def test_other_seeds_run_at_the_rate_that_was_best_for_the_first(
         (["--seeds", "-1"], "--seeds"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
         (["--convert", "n_iter"], "--convert: must be KEY=VALUE, got 'n_iter'"),
-        (["--convert", "steps=3"], "convert_deconv has no option 'steps', only block"),
+        (["--convert", "steps=3"], "convert_deconv has no option 'steps', only "),
         (["--convert", "n_iter=0"], "--convert: n_iter must"),
         (["--checkpoints", "41"], "--checkpoints must be at most --steps 40, got 41"),
         (["--device", "abacus"], "--device 'abacus' cannot be used"),

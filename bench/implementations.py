@@ -169,8 +169,9 @@ def _as_paper_s(module: ModuleType, layer: FastDeconv) -> nn.Module:
     assert not missing, missing
 
     def sample_as_ours(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Conversion samples more where samples are few; the paper's layer has no rule for that."""
-        module.sampling_stride = layer.geometry(inputs[0])[1].sampling_stride * module.stride[0]
+        """Conversion samples more, and takes fewer steps, where samples are few; the paper's layer has no such rule."""
+        _, geo, module.n_iter = layer.in_training(inputs[0])
+        module.sampling_stride = geo.sampling_stride * module.stride[0]
 
     new.register_forward_pre_hook(sample_as_ours)
     return new

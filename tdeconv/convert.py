@@ -83,8 +83,20 @@ class ConversionReport:
 
 
 _RECIPES: dict[str, dict[str, Any]] = {
-    "tdeconv": {"block": None, "samples_per_feature": 4, "keep_affine": True, "unnormalised": False},
-    "paper": {"block": _BLOCK, "samples_per_feature": 0, "keep_affine": False, "unnormalised": True},
+    "tdeconv": {
+        "block": None,
+        "samples_per_feature": 4,
+        "first_n_iter": 5,
+        "keep_affine": True,
+        "unnormalised": False,
+    },
+    "paper": {
+        "block": _BLOCK,
+        "samples_per_feature": 0,
+        "first_n_iter": 15,
+        "keep_affine": False,
+        "unnormalised": True,
+    },
 }
 
 
@@ -118,7 +130,7 @@ def convert_deconv(
     keep_affine: bool | None = None,
     unnormalised: bool | None = None,
     n_iter: int = 5,
-    first_n_iter: int = 15,
+    first_n_iter: int | None = None,
     freeze_first: bool = True,
     linear: bool = False,
     block_fc: int = 512,
@@ -156,18 +168,21 @@ def convert_deconv(
       see one pixel of an image, from which there is little to whiten. In a model without any batch norm, all go.
     - A covariance of too few samples says nothing of the data, and whitening by it blows up noise. So a layer takes
       every ``sampling_stride``-th patch only where that leaves enough of them, and more, up to all of them, where maps
-      or batches are small (``samples_per_feature``).
+      or batches are small; and where all are few, fewer than five Newton-Schulz steps (``samples_per_feature``).
+    - The convolutions that see the model's input take five steps, too (``first_n_iter``). The paper's 15 whiten an
+      image completely: of one that was enlarged, or is smooth, they show what the enlargement or the noise added.
     - A covariance has at most 1,024 features, by a smaller ``block`` where kernels are large.
 
-    :func:`tdeconv.calibrate_deconv` can then set the layers' scales by a batch of data.
+    What was chosen for a layer is in the report. :func:`tdeconv.calibrate_deconv` can then set the layers' scales by a
+    batch of data.
 
     Args:
         model: changed in place.
-        recipe: ``"tdeconv"``, the rules above, or ``"paper"``: ``samples_per_feature=0``, ``keep_affine=False``,
-            ``unnormalised=True``, ``block=64``. An argument that is not None takes precedence.
-        block, sampling_stride, samples_per_feature, backend: as in :class:`tdeconv.FastDeconv`; a
-            ``samples_per_feature`` of 0 samples at ``sampling_stride`` always, otherwise 4. ``block`` is 64, and less
-            for large kernels, unless given. It may differ by layer: ``{"classifier": 256, "layer[34].*": 128}`` maps
+        recipe: ``"tdeconv"``, the rules above, or ``"paper"``: ``samples_per_feature=0``, ``first_n_iter=15``,
+            ``keep_affine=False``, ``unnormalised=True``, ``block=64``. An argument that is not None takes precedence.
+        block, sampling_stride, samples_per_feature, backend: as in :class:`tdeconv.FastDeconv`. By the rules
+            ``samples_per_feature`` is 4; 0 always samples at ``sampling_stride`` and takes all steps. ``block`` is 64,
+            and less for large kernels, unless given. It may differ by layer: ``{"classifier": 256, "layer[34].*": 128}`` maps
             names, as in ``exclude``, to blocks. Of several that fit a layer the first counts; the last may be ``"*"``.
         keep_affine: whether a convolution takes over the weight and bias of the batch norm that goes behind it.
         unnormalised: convert also convolutions that have no batch norm.
@@ -199,12 +214,13 @@ def convert_deconv(
         recipe,
         block=block,
         samples_per_feature=samples_per_feature,
+        first_n_iter=first_n_iter,
         keep_affine=keep_affine,
         unnormalised=unnormalised,
     )
     blocks = _blocks(model, rules["block"])
     options = _Options(
-        sampling_stride, rules["samples_per_feature"], n_iter, first_n_iter, freeze_first, block_fc, backend
+        sampling_stride, rules["samples_per_feature"], n_iter, rules["first_n_iter"], freeze_first, block_fc, backend
     )
     options.check()
     excluded = _excluded(model, exclude)

@@ -32,9 +32,9 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     if choice.backend != "reference" and not isinstance(layer, ChannelDeconv):
         if isinstance(layer, Delinear):
             x = x.reshape(-1, x.shape[-1])
-            geo = linear_geometry(x.shape[-1], layer.block)
+            geo, n_iter = linear_geometry(x.shape[-1], layer.block), layer.n_iter
         else:
-            x, geo = layer.geometry(x)
-        stages = ops.stages(choice.backend).describe(x, layer.weight, geo, layer.n_iter)
+            x, geo, n_iter = layer.in_training(x)
+        stages = ops.stages(choice.backend).describe(x, layer.weight, geo, n_iter)
         lines += [f"  {stage}: {how}" for stage, how in stages.items()]
     return "\n".join(lines)

@@ -207,7 +207,8 @@ def fast_deconv(
         block: channels whitened together, cut down to a divisor of C.
         sampling_stride: patches are sampled at every ``sampling_stride * stride``-th position.
         samples_per_feature: where that leaves a covariance fewer than this many samples for each of its features, a
-            training step samples more, up to all patches. 0, as in the paper, never does.
+            training step samples more, up to all patches; and where samples are still few, it takes fewer
+            Newton-Schulz steps (see :class:`tdeconv.FastDeconv`). 0, as in the paper, does neither.
         grouping: ``"interleaved"`` or ``"contiguous"``.
         frozen: a 0-d bool tensor; where true, a training step uses the running statistics and leaves them as they are
             (a tensor, so that a compiled graph holds both).
@@ -242,7 +243,7 @@ def fast_deconv(
         batch, sizes(weight)[2:], stride, padding, dilation, groups, block, grouping, sampling_stride
     )
     if training:
-        geo = sampled(geo, batch, samples_per_feature, process_group)
+        geo, n_iter = sampled(geo, n_iter, batch, samples_per_feature, process_group)
     y = _layer(
         batch,
         weight,
@@ -357,14 +358,20 @@ def convolution_geometry(
 
 
 def sampled(
-    geo: Geometry, x: Tensor, samples_per_feature: int, process_group: distributed.StatisticsGroup | None
-) -> Geometry:
-    """The layer as a training step samples it: more densely where ``samples_per_feature`` asks for it. Each rank of a
-    group is taken to have as large a batch as this one."""
+    geo: Geometry,
+    n_iter: int,
+    x: Tensor,
+    samples_per_feature: int,
+    process_group: distributed.StatisticsGroup | None,
+) -> tuple[Geometry, int]:
+    """The layer as a training step samples it, and its Newton-Schulz steps: more densely, and fewer, where
+    ``samples_per_feature`` asks for it. Each rank of a group is taken to have as large a batch as this one, but takes
+    all steps: where one has not, the ranks' roots would differ."""
     if not samples_per_feature:
-        return geo
-    images = x.shape[0] * (process_group.size if process_group is not None else 1)
-    return geo.sampling_enough(images, tuple(x.shape[2:]), samples_per_feature)
+        return geo, n_iter
+    spatial, ranks = tuple(x.shape[2:]), process_group.size if process_group is not None else 1
+    geo = geo.sampling_enough(x.shape[0] * ranks, spatial, samples_per_feature)
+    return geo, geo.steps_enough(x.shape[0], spatial, n_iter) if ranks == 1 else n_iter
 
 
 def _layer(

@@ -163,8 +163,9 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
             self.num_batches_tracked.add_(1)
         return y
 
-    def geometry(self, x: Tensor) -> tuple[Tensor, Geometry]:
-        """The input as it is convolved (padded, unless zeros do it) and the layer's sizes over it in training."""
+    def in_training(self, x: Tensor) -> tuple[Tensor, Geometry, int]:
+        """The input as it is convolved (padded, unless zeros do it), the layer's sizes over it in training, and the
+        Newton-Schulz steps it takes."""
         x, padding = self._pad(x)
         geo = TF.convolution_geometry(
             x,
@@ -177,7 +178,7 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
             self.grouping,
             self.sampling_stride,
         )
-        return x, TF.sampled(geo, x, self.samples_per_feature, self.process_group)
+        return x, *TF.sampled(geo, self.n_iter, x, self.samples_per_feature, self.process_group)
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Padding that a convolution's own zeros cannot express goes into the input, before it is sampled."""
@@ -236,7 +237,10 @@ class FastDeconv(_FastDeconvNd):
             as the paper's code does, and use the running ones in the rest.
         grouping: ``"interleaved"`` (the paper's) or ``"contiguous"`` channels per covariance.
         samples_per_feature: where ``sampling_stride`` leaves a covariance fewer than this many samples for each of its
-            features, a training step samples more, up to all patches. 0, as in the paper, never does.
+            features, a training step samples more, up to all patches. Where there are fewer than 29 then, it takes
+            fewer than five Newton-Schulz steps: with M samples of D features at most ``log(2 M/D) / log(9/4)``, at
+            least one (but all of them over several processes, whose batches may differ). 0, as in the paper, does
+            neither.
         backend: see :func:`tdeconv.use_backend`.
 
     Shape:

@@ -441,7 +441,7 @@ def test_images_of_other_sizes(pair: Pair) -> None:
     """Only D has to agree: the moments are those of both ranks' patches."""
     xs = [randn(3 + rank, 6, 9 - rank, 5 + 4 * rank, seed=rank) for rank in range(2)]
     layer = _layer("3x3", torch.float64)
-    geo = layer.geometry(xs[0])[1]
+    geo = layer.in_training(xs[0])[1]
     vectors = torch.cat([reference.to_vectors(reference.im2col(x, geo), geo) for x in xs], dim=1)[0]
     cov = torch.cov(vectors.t(), correction=0) + layer.eps * torch.eye(geo.features)
     mean, deconv = vectors.mean(0, keepdim=True), reference.inverse_sqrt(cov.unsqueeze(0), layer.n_iter)

@@ -24,7 +24,7 @@ def batches(*shape: int, count: int = 20, mean: float = 3.0) -> list[torch.Tenso
 def statistics(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch's own mean and root, by the formulas."""
     if isinstance(layer, FastDeconv):
-        geo = layer.geometry(x)[1]
+        geo = layer.in_training(x)[1]
     else:
         geo = tdeconv.functional.linear_geometry(layer.in_features, layer.block)
     _, mean, root, _ = reference.deconvolve(x, layer.weight, layer.bias, geo, layer.eps, layer.n_iter)

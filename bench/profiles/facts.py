@@ -97,16 +97,16 @@ def _facts(layer: Any, x: Tensor, dtype: torch.dtype, input_grad: bool) -> Facts
     x = x.to(dtype)
     if isinstance(layer, Delinear):
         x = x.reshape(-1, x.shape[-1])
-        geo = linear_geometry(x.shape[-1], layer.block)
+        geo, n_iter = linear_geometry(x.shape[-1], layer.block), layer.n_iter
     else:
-        x, geo = layer.geometry(x)
+        x, geo, n_iter = layer.in_training(x)
     if choice.backend != "reference":
-        about.how = ops.stages(choice.backend).describe(x, layer.weight, geo, layer.n_iter)
-    about.shapes = [_shape(x, geo, layer, input_grad)]
+        about.how = ops.stages(choice.backend).describe(x, layer.weight, geo, n_iter)
+    about.shapes = [_shape(x, geo, n_iter, layer, input_grad)]
     return about
 
 
-def _shape(x: Tensor, geo: Geometry, layer: Any, input_grad: bool) -> Shape:
+def _shape(x: Tensor, geo: Geometry, n_iter: int, layer: Any, input_grad: bool) -> Shape:
     return Shape(
         batch=x.shape[0],
         channels=geo.channels,
@@ -119,7 +119,7 @@ def _shape(x: Tensor, geo: Geometry, layer: Any, input_grad: bool) -> Shape:
         groups=geo.groups,
         block=geo.block,
         sampling_stride=geo.sampling_stride,
-        n_iter=layer.n_iter,
+        n_iter=n_iter,
         dtype=x.dtype,
         input_grad=input_grad,
     )

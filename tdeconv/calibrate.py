@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdeconv.layers import FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv.precision import statistics_dtype
 from tdeconv.update_stats import run
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,28 +45,28 @@ def calibrate_deconv(model: Model, batch: Any) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    done: set[nn.Module] = set()
+    scales: dict[Any, Tensor] = {}
     with torch.no_grad(), _as_it_was(model), ExitStack() as hooks:
         for layer in model.modules():
             if isinstance(layer, (FastDeconv, FastDeconv1d, FastDeconv3d)):
-                hooks.callback(layer.register_forward_hook(_scaling(done)).remove)
+                hooks.callback(layer.register_forward_hook(_scaling(scales)).remove)
         run(model.train(), batch)
+    with torch.no_grad():
+        for layer, scale in scales.items():
+            layer.weight.mul_(scale)
     return model
 
 
-def _scaling(done: set[nn.Module]) -> Any:
-    """A forward hook that scales the layer's weight at its first call, and its output as that would have."""
+def _scaling(scales: dict[Any, Tensor]) -> Any:
+    """A forward hook that finds the layer's scale in its first call, and scales the output of every call by it."""
 
-    def hook(layer: Any, _: Any, output: Tensor) -> Tensor | None:
-        if layer in done:
-            return None
-        done.add(layer)
+    def hook(layer: Any, _: Any, output: Tensor) -> Tensor:
         shift = 0 if layer.bias is None else layer.bias.view(-1, *(1,) * len(layer.kernel_size))
         varying = output - shift
-        size = varying.float().square().mean().sqrt()
-        scale = torch.where(size.isfinite() & (size > 0), 1 / size, 1).to(output.dtype)
-        layer.weight.mul_(scale)
-        return varying * scale + shift
+        if layer not in scales:
+            size = varying.to(statistics_dtype(varying.dtype)).square().mean().sqrt()
+            scales[layer] = torch.where(size.isfinite() & (size > 0), 1 / size, 1).to(layer.weight.dtype)
+        return varying * scales[layer].to(output.dtype) + shift
 
     return hook
 

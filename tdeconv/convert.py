@@ -182,7 +182,7 @@ def convert_deconv(
             ``keep_affine=False``, ``unnormalised=True``, ``block=64``. An argument that is not None takes precedence.
         block, sampling_stride, samples_per_feature, backend: as in :class:`tdeconv.FastDeconv`. By the rules
             ``samples_per_feature`` is 4; 0 always samples at ``sampling_stride`` and takes all steps. ``block`` is 64,
-            and less for large kernels, unless given. It may differ by layer: ``{"classifier": 256, "layer[34].*": 128}`` maps
+            and less for large kernels, unless given. It may differ by layer: ``{"head": 256, "layer[34].*": 128}`` maps
             names, as in ``exclude``, to blocks. Of several that fit a layer the first counts; the last may be ``"*"``.
         keep_affine: whether a convolution takes over the weight and bias of the batch norm that goes behind it.
         unnormalised: convert also convolutions that have no batch norm.

@@ -70,7 +70,7 @@ def run(model: nn.Module, batch: Any, device: Any = None) -> None:
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(x, Tensor):
         raise TypeError(
-            "loader must give tensors, tuples or lists that begin with one, or mappings of keyword arguments, got "
+            "a batch must be a tensor, a tuple or list that begins with one, or a mapping of keyword arguments, got "
             f"{type(batch).__name__}" + (f" beginning with {type(x).__name__}" if x is not batch else "")
         )
     model(move(x))

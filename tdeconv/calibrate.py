@@ -65,7 +65,9 @@ def _scaling(scales: dict[Any, Tensor]) -> Any:
         varying = output - shift
         if layer not in scales:
             size = varying.to(statistics_dtype(varying.dtype)).square().mean().sqrt()
-            scales[layer] = torch.where(size.isfinite() & (size > 0), 1 / size, 1).to(layer.weight.dtype)
+            whole = layer.weight.flatten(1).square().sum(1).mean().sqrt()  # its size, were the whitening complete
+            tells = size.isfinite() & (size > 1e-4 * whole)  # else the weight is 0, or the batch without variation
+            scales[layer] = torch.where(tells, 1 / size, 1).to(layer.weight.dtype)
         return varying * scales[layer].to(output.dtype) + shift
 
     return hook

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from tdeconv import checks
 from tdeconv.channel_deconv import ChannelDeconv
 from tdeconv.functional import fold_deconv
+from tdeconv.holders import held_calls
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.layout import beside
 from tdeconv.precision import statistics_dtype
@@ -80,6 +81,8 @@ def fuse_deconv_eval(model: Model) -> Model:
     # what deepcopy finds in its memo it takes for copied already: every reference to a layer gets the folded one
     with torch.inference_mode(False), torch.no_grad():
         memo: dict[int, Any] = {id(layer): _fold(name, layer) for name, layer in layers.items()}
+        for call in held_calls(model, layers.values()):
+            memo[id(call)] = getattr(memo[id(call.__self__)], call.__name__)
         folded = copy.deepcopy(model, memo)
         for layer in layers.values():
             _carry_over(layer, memo[id(layer)], memo)

@@ -48,6 +48,12 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
             vars(new)[name] = value
 
 
+def held_calls(model: nn.Module, layers: Collection[nn.Module]) -> list[MethodType]:
+    """The methods by which the model calls one of the layers, where it holds these: ``self.op = self.conv.forward``."""
+    methods = [held.item for held in _reached(model) if type(held.item) is MethodType and _is_made_anew(held.item)]
+    return [method for method in methods if _is(method.__self__, nn.Module) and method.__self__ in layers]
+
+
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Take back, at the end, what was changed meanwhile in all that the model reaches, and in any tensor.

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from helpers import assert_close
+from helpers import assert_close, randn
 from tdeconv.channel_deconv import ChannelDeconv
 from tdeconv.fuse import _OF_A_CALL, fuse_deconv_eval
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
@@ -596,3 +596,23 @@ def test_folded_model_compiles_as_one_graph(backend: str) -> None:
     compiled = torch.compile(fuse_deconv_eval(model), fullgraph=True, backend=backend)
     with torch.no_grad():
         assert_close(compiled(x), model(x), 1e-4)
+
+
+def test_methods_of_a_layer_that_the_model_holds_are_the_folded_layers() -> None:
+    class Bound(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = FastDeconv(3, 4, 3)
+            self.calls = {"forward": self.conv.forward, "call": self.conv.__call__}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.calls["forward"](x) + 2 * self.calls["call"](x)
+
+    model = Bound().double()
+    x = randn(5, 3, 7, 7)
+    model(x)
+    plain = fuse_deconv_eval(model.eval())
+    assert type(plain.calls["forward"].__self__) is nn.Conv2d
+    assert plain.calls["call"].__self__ is plain.conv
+    assert model.calls["forward"].__self__ is model.conv
+    assert_close(plain(x), model(x), 1e-12)

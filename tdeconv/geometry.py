@@ -106,14 +106,14 @@ class Geometry:
         return self.every()
 
     def steps_enough(self, images: int, spatial: tuple[int, ...], n_iter: int) -> int:
-        """As many Newton-Schulz steps of ``n_iter`` as the samples are enough for: from 29 for each feature on all.
+        """As many Newton-Schulz steps of ``n_iter`` as the samples are enough for: from 58 for each feature on all.
 
-        A step raises the variance of the weakest directions by 1.5**2 = 9/4 at most. What so few samples say of these
-        is noise, so that n steps want ``2 * samples / features >= (9/4)**n``. The 2 was measured, on small images.
+        A step raises the variance of the weakest directions by 1.5**2 = 9/4 at most, and what few samples say of these
+        is noise. So n steps take ``samples / features >= (9/4)**n``, which was measured to be about right.
         """
-        twice = 2 * self.patches(images, spatial) * self.pooled
+        samples = self.patches(images, spatial) * self.pooled
         steps = 1
-        while steps < min(n_iter, 5) and 4 ** (steps + 1) * twice >= 9 ** (steps + 1) * self.features:
+        while steps < min(n_iter, 5) and 4 ** (steps + 1) * samples >= 9 ** (steps + 1) * self.features:
             steps += 1
         return n_iter if steps == 5 else steps
 

@@ -237,10 +237,10 @@ class FastDeconv(_FastDeconvNd):
             as the paper's code does, and use the running ones in the rest.
         grouping: ``"interleaved"`` (the paper's) or ``"contiguous"`` channels per covariance.
         samples_per_feature: where ``sampling_stride`` leaves a covariance fewer than this many samples for each of its
-            features, a training step samples more, up to all patches. Where there are fewer than 29 then, it takes
-            fewer than five Newton-Schulz steps: with M samples of D features at most ``log(2 M/D) / log(9/4)``, at
+            features, a training step samples more, up to all patches. Where it samples fewer than 58 then, it takes
+            fewer than five Newton-Schulz steps: with M samples of D features at most ``log(M/D) / log(9/4)``, and at
             least one (but all of them over several processes, whose batches may differ). 0, as in the paper, does
-            neither.
+            neither; 58 samples as many as five steps want, where there are as many.
         backend: see :func:`tdeconv.use_backend`.
 
     Shape:

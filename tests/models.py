@@ -79,8 +79,8 @@ TIMM = {
     "skresnet18": Public(),
     "resnext26ts": Public(),
     "res2net50_14w_8s": Public(),
-    "resnetv2_18": Public(slow=False),
-    "dpn48b": Public(),
+    "resnetv2_18": Public(slow=False, left=1),  # the last batch norm normalises a sum for the classifier
+    "dpn48b": Public(left=1),  # the same
     "densenet121": Public(),
     "cspresnet50": Public(),
     "cspresnext50": Public(),

@@ -240,6 +240,7 @@ def convert_deconv(
                 if norm is not None:
                     starts.take_affine(new[module], norm)
                 action, became, why = "converted", _describe(new[module]), plan.remark(module, norm)
+                why += _smaller_block(new[module]) if blocks[module] is None else ""
             if module in new:
                 carry_over(module, new[module])
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
@@ -359,6 +360,14 @@ def _default_block(taps: int) -> int:
     while block > 1 and block * taps > _MOST_FEATURES:
         block //= 2
     return block
+
+
+def _smaller_block(layer: Any) -> str:
+    """Why the block is smaller than it would be in the paper's code."""
+    taps = 1 if isinstance(layer, Delinear) else math.prod(layer.kernel_size)
+    if _default_block(taps) == _BLOCK or layer.groups > 1:
+        return ""
+    return f"; a block of {layer.block} for its large kernel"
 
 
 def _deconv(layer: Any, first: bool, block: int | None, options: _Options) -> nn.Module:

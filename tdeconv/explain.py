@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tdeconv import ops
 from tdeconv.backends import choose
 from tdeconv.channel_deconv import ChannelDeconv
 from tdeconv.functional import linear_geometry
+from tdeconv.geometry import Geometry
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
 
@@ -29,12 +32,30 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         raise TypeError(f"layer must be one of tdeconv's deconvolution layers, got {type(layer).__name__}")
     choice = choose(layer.backend, x.device)
     lines = [f"{type(layer).__name__}: backend {choice.backend!r} ({choice.reason})"]
-    if choice.backend != "reference" and not isinstance(layer, ChannelDeconv):
-        if isinstance(layer, Delinear):
-            x = x.reshape(-1, x.shape[-1])
-            geo, n_iter = linear_geometry(x.shape[-1], layer.block), layer.n_iter
-        else:
-            x, geo, n_iter = layer.in_training(x)
+    if isinstance(layer, ChannelDeconv):
+        return lines[0]
+    if isinstance(layer, Delinear):
+        x = x.reshape(-1, x.shape[-1])
+        geo, n_iter = linear_geometry(x.shape[-1], layer.block), layer.n_iter
+    else:
+        x, geo, n_iter = layer.in_training(x)
+    lines.append(f"  samples: {_samples(geo, x)}; Newton-Schulz steps: {n_iter}{_why(layer, geo, n_iter)}")
+    if choice.backend != "reference":
         stages = ops.stages(choice.backend).describe(x, layer.weight, geo, n_iter)
         lines += [f"  {stage}: {how}" for stage, how in stages.items()]
     return "\n".join(lines)
+
+
+def _samples(geo: Geometry, x: Tensor) -> str:
+    samples = geo.patches(x.shape[0], tuple(x.shape[2:])) * geo.pooled
+    return f"{samples} of {geo.features} features, {samples / geo.features:.3g} for each"
+
+
+def _why(layer: Any, geo: Geometry, n_iter: int) -> str:
+    """What ``samples_per_feature`` has changed."""
+    changed = []
+    if n_iter < layer.n_iter:
+        changed.append(f"of {layer.n_iter}, as {layer.n_iter} take {min(1.5 ** (2 * layer.n_iter), 57.7):.3g} for each")
+    if not isinstance(layer, Delinear) and geo.sampling_stride < layer.sampling_stride:
+        changed.append(f"sampling stride {geo.sampling_stride} of {layer.sampling_stride}, for enough samples")
+    return f" ({'; '.join(changed)})" if changed else ""

@@ -290,3 +290,8 @@ def test_gradients_and_outputs_at_the_start_are_of_batch_norms_size(name: str) -
     gradient, outputs = started(calibrated, images, labels)
     assert gradient <= 3 * expected
     assert all(d == 0 or 0.3 < d <= 1.05 for d in outputs.values()), outputs
+
+
+def test_report_says_why_a_block_is_smaller() -> None:
+    report = report_of(nn.Sequential(nn.Conv2d(64, 4, 7), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    assert [row.why.partition("; ")[2] for row in report.converted] == ["a block of 16 for its large kernel", ""]

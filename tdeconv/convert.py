@@ -210,6 +210,8 @@ def convert_deconv(
             or it has convolutions, and not one could be converted.
     """
     _check_model(model)
+    if report is not None and not isinstance(report, ConversionReport):
+        raise TypeError(f"report must be None or a ConversionReport to be filled, got {type(report).__name__}")
     rules = _rules(
         recipe,
         block=block,
@@ -218,7 +220,7 @@ def convert_deconv(
         keep_affine=keep_affine,
         unnormalised=unnormalised,
     )
-    blocks = _blocks(model, rules["block"])
+    blocks = _blocks(model, rules["block"], _RECIPES[recipe]["block"])
     options = _Options(
         sampling_stride, rules["samples_per_feature"], n_iter, rules["first_n_iter"], freeze_first, block_fc, backend
     )
@@ -237,13 +239,14 @@ def convert_deconv(
             elif not why:
                 new[module] = _deconv(module, module in plan.first, blocks[module], options)
                 norm = plan.norm_of.get(module) if rules["keep_affine"] else None
-                if norm is not None:
-                    starts.take_affine(new[module], norm)
                 action, became, why = "converted", _describe(new[module]), plan.remark(module, norm)
                 why += _smaller_block(new[module]) if blocks[module] is None else ""
             if module in new:
                 carry_over(module, new[module])
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
+    for module, norm in plan.norm_of.items() if rules["keep_affine"] else ():
+        if module in new:
+            starts.take_affine(new[module], norm)
     replace(model, new)
     for names, kind, why in bar_merging(model, set(new.values())):
         rows.append(ConversionRow(names, kind, "disabled", "-", why))
@@ -273,6 +276,8 @@ def _check_model(model: Any) -> None:
 
 def _excluded(model: nn.Module, exclude: Iterable[str | type[nn.Module]]) -> set[nn.Module]:
     """The modules that ``exclude`` names, and all inside them."""
+    if not isinstance(exclude, (str, type, Iterable)):
+        raise TypeError(f"exclude must hold names and classes of modules, got {exclude!r}")
     chosen = set()
     for item in (exclude,) if isinstance(exclude, (str, type)) else exclude:
         if isinstance(item, str):
@@ -295,17 +300,20 @@ def _of_name(model: nn.Module, pattern: str, argument: str) -> list[nn.Module]:
 
 def _rules(recipe: str, **given: Any) -> dict[str, Any]:
     """What the recipe says, and what is given besides."""
+    for name in ("keep_affine", "unnormalised"):
+        if not isinstance(given[name], (bool, type(None))):
+            raise TypeError(f"{name} must be True, False or None, got {given[name]!r}")
     if recipe not in _RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(map(repr, _RECIPES))}, got {recipe!r}")
     return _RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
 
 
-def _blocks(model: nn.Module, block: int | Mapping[str, int] | None) -> dict[nn.Module, int | None]:
-    """The block of every module; None where none is given."""
+def _blocks(model: nn.Module, block: int | Mapping[str, int] | None, rest: int | None) -> dict[nn.Module, int | None]:
+    """The block of every module; None where the default is meant. ``rest`` is that of the modules not named."""
     if not isinstance(block, Mapping):
         given = None if block is None else checks.positive_int("block", block)
-        return dict.fromkeys(model.modules(), given)
-    blocks: dict[nn.Module, int | None] = dict.fromkeys(model.modules(), None)
+        return {module: given for module in model.modules()}  # noqa: C420  # whose type mypy cannot tell
+    blocks: dict[nn.Module, int | None] = dict.fromkeys(model.modules(), rest)
     for pattern, size in reversed(list(block.items())):  # so that the first one has the last word
         if not isinstance(pattern, str):
             raise TypeError(f"block must map names of modules to ints, got a name {pattern!r}")
@@ -390,6 +398,8 @@ def _deconv(layer: Any, first: bool, block: int | None, options: _Options) -> nn
             padding_mode=layer.padding_mode,
             **common,
         )
+        # which is what torch pads by, even where the layer's padding has been set since
+        new._reversed_padding_repeated_twice = list(layer._reversed_padding_repeated_twice)
     new.weight = weight
     zero = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
     new.bias = nn.Parameter(zero, weight.requires_grad) if layer.bias is None else layer.bias

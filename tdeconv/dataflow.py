@@ -29,8 +29,8 @@ def _words(text: str) -> frozenset[str]:
 # What returns the memory it was given, or may.
 _ALIASING = _words("""
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout flatten unflatten reshape reshape_as view
-    view_as contiguous to float half bfloat16 double type_as permute transpose movedim squeeze unsqueeze chunk split
-    tensor_split narrow select getitem
+    view_as contiguous to float half bfloat16 double type_as squeeze unsqueeze chunk split tensor_split narrow select
+    getitem
 """)
 _ALIASING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, dropout._DropoutNd)
 # What leaves each channel's values a channel's values: these may stand between a layer and its normalisation.
@@ -55,7 +55,20 @@ _POOLING = _words("""
 _FRESH = _words("add sub cat concat concatenate")
 # torch.fx records ``x += y`` as ``x + y``.
 _AUGMENTED = _words("add sub mul truediv floordiv mod pow and or xor lshift rshift matmul")
-_SHAPE = _words("size dim ndimension numel getattr")
+# What computes as a convolution or linear layer does.
+LINEAR_MAPS = _words("""
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul mm bmm addmm einsum
+""")
+# What returns memory of its own: of all other operations it is not known.
+_NEW = LINEAR_MAPS.union(
+    _PASSING - _ALIASING,
+    _words("""
+    add sub mul truediv floordiv div mod pow neg abs exp log sqrt rsqrt square softmax log_softmax batch_norm group_norm
+    layer_norm instance_norm sum var std max min maximum minimum where stack eq ne lt le gt ge
+    """),
+)
+_SHAPE = _words("size dim ndimension numel")
+_SHAPE_ATTRIBUTES = _words("shape ndim dtype device layout is_cuda requires_grad")
 
 
 @dataclass
@@ -67,6 +80,7 @@ class Links:
     sinks: list[End] = field(default_factory=list)
     guessed: set[End] = field(default_factory=set)  # neighbours in the order of registration, where no trace tells
     calls: int = 0
+    direct: bool = True  # nothing stands between it and its sources, nor, where these are guessed, can it be seen
     input_read: bool = True  # others read its input too, or may: the caller, or a gradient
     overwritten: bool = True  # its output is overwritten by an operation in place, or may be
     weight_read: bool = False  # its parameters are used by other code than its own forward
@@ -157,18 +171,27 @@ class _Graph:
     def read_into(self, found: dict[nn.Module, Links]) -> None:
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                owner = self.root.get_submodule(node.target.rpartition(".")[0])
-                if self.is_leaf(owner) and _readers(node):
+                for owner in self._owners(node) if _readers(node) else ():
                     found.setdefault(owner, Links()).weight_read = True
             elif node.op == "call_module" and self.is_leaf(module := self._module(node)):
                 link = found.setdefault(module, Links())
                 link.calls += 1
                 sources = self._walk(_data_inputs(node), _data_inputs)
                 link.sources += sources
+                link.direct &= all(n.op == "call_module" and self.is_leaf(self._module(n)) for n in _data_inputs(node))
                 link.pooled |= set(sources) - set(self._walk(_data_inputs(node), self._unpooled_inputs))
                 link.sinks += self._walk(_readers(node), _readers)
                 link.input_read = link.calls > 1 or not all(map(self._yields_new, _data_inputs(node)))
                 link.overwritten = self._overwritten(node) or (link.calls > 1 and link.overwritten)
+
+    def _owners(self, node: fx.Node) -> list[nn.Module]:
+        """The layers whose parameter or buffer it is, by whatever name it is read."""
+        path, _, name = str(node.target).rpartition(".")
+        value = getattr(self.root.get_submodule(path), name, None)  # none where it was set by the tracer
+        if value is None:
+            return []
+        layers = [m for m in self.root.modules() if self.is_leaf(m)]
+        return [m for m in layers if any(t is value for t in (*m._parameters.values(), *m._buffers.values()))]
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))
@@ -224,7 +247,7 @@ class _Graph:
     def _aliases(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self._module(node), _ALIASING_MODULES)
-        return node.op in ("call_function", "call_method") and _name(node) in _ALIASING
+        return node.op in ("call_function", "call_method") and _name(node) not in _NEW
 
     def _end(self, node: fx.Node) -> End:
         if node.op == "call_module":
@@ -243,7 +266,12 @@ def _name(node: fx.Node) -> str:
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """The nodes that take its values, not its shape."""
-    return [user for user in node.users if not (user.op.startswith("call_") and _name(user) in _SHAPE)]
+    return [user for user in node.users if not _is_shape(user)]
+
+
+def _is_shape(node: fx.Node) -> bool:
+    attribute = node.args[1] if _name(node) == "getattr" and len(node.args) > 1 else None
+    return node.op.startswith("call_") and (_name(node) in _SHAPE or attribute in _SHAPE_ATTRIBUTES)
 
 
 def _data_inputs(node: fx.Node) -> list[fx.Node]:

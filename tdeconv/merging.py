@@ -16,14 +16,16 @@ def bar_merging(model: nn.Module, replaced: set[nn.Module]) -> list[tuple[str, s
     """Let these methods raise an error in the modules that hold one of ``replaced``, what conversion put in.
 
     They compute with the weights of convolutions and the statistics of batch norms, and would give other outputs or
-    stop half way. Of a method that has arguments the model itself may make use, and it is left alone.
+    stop half way. A method that has arguments, or that the module's own forward uses, may belong to what the model
+    computes, and is left alone.
 
     Returns:
         For each class and method: the names of the modules, that of the class, and why.
     """
     barred: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
-        methods = [method for method in _METHODS if _takes_nothing(getattr(type(module), method, None))]
+        used = _names_in(inspect.getattr_static(type(module), "forward", None))
+        methods = [m for m in _METHODS if m not in used and _takes_nothing(getattr(type(module), m, None))]
         if methods and not replaced.isdisjoint(module.modules()):
             for method in methods:
                 refuse = functools.partial(_refuse, type(module).__name__, method)
@@ -37,6 +39,12 @@ def bar_merging(model: nn.Module, replaced: set[nn.Module]) -> list[tuple[str, s
         )
         for (kind, method), names in barred.items()
     ]
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    """The names that a function's own code uses."""
+    code = getattr(function, "__code__", None)
+    return code.co_names if code is not None else ()
 
 
 def _takes_nothing(method: Any) -> bool:

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tdeconv.dataflow import INPUT, UNKNOWN, End, Links, links
+from tdeconv.dataflow import INPUT, LINEAR_MAPS, UNKNOWN, End, Links, links
 from tdeconv.holders import held_fast
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
@@ -30,6 +31,7 @@ _FOREIGN_NORMS = {
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 # Norms of other kinds, for the report; those of other packages are known by "Norm" in their names.
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # In evaluation their fast paths use the weights of the layers inside without calling these.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -72,7 +74,7 @@ class Plan:
         whitening: the deconvolution layers, those there are and those to be.
         removed: the batch norms that go, and why.
         first: the convolutions that see the model's input, or the first one if it is computed with before.
-        norm_of: for a convolution, the batch norm that goes behind it alone.
+        norm_of: for a convolution, the batch norm that goes and was all that read it, if its weight is its own.
     """
 
     def __init__(self, model: nn.Module, linear: bool, excluded: set[nn.Module], unnormalised: bool) -> None:
@@ -82,9 +84,9 @@ class Plan:
         self._linear, self._excluded = linear, excluded
         self._bypassed = {m for b in self._names if isinstance(b, _BYPASSING) for m in b.modules()}
         self._behind: dict[nn.Module, str] = {}
-        self._held_fast = held_fast(model, self.layers)
         others = {m for m in self._names if m not in inner and m not in self.layers and _is_other_norm(m)}
         self.links = links(model, lambda m: m in self.layers or m in others)
+        self._held_fast = held_fast(model, self.layers)  # now, as a traced forward may have filled a cache
         norms = [m for m in self.layers if is_norm(m)]
         # without any batch norm, and none taken out before, there is nothing to go by
         without_norms = not norms and not any(isinstance(m, DECONVS) for m in self.layers)
@@ -92,7 +94,7 @@ class Plan:
         self.whitening = {m for m in self.layers if isinstance(m, DECONVS) or not (is_norm(m) or self.why_left(m))}
         self.removed: dict[nn.Module, str] = {}
         self._remove_norms()
-        self.norm_of = self._norms_behind(norms)
+        self.norm_of = self._norms_behind()
         convs: list[Any] = [m for m in self.links if isinstance(m, _ConvNd)]  # in the order of calls
         self.first = {m for m in convs if self._ends(m, "sources") == [INPUT]} or set(convs[:1])
         self._behind = {m: why for m in others if (why := self._why_listed(m))}
@@ -108,18 +110,21 @@ class Plan:
                 normalised.add(module)
         return {m for m in self.layers if isinstance(m, _ConvNd) and m not in normalised}
 
-    def _norms_behind(self, norms: list[nn.Module]) -> dict[nn.Module, nn.Module]:
-        """The batch norms that go, by the convolution that alone feeds them, and no other. A convolution that shares
-        its weight is not among these: the weight's scale is another's, too."""
-        readers = Counter(end for norm in norms for end in self.links[norm].sources)
-        owners = Counter(id(p) for m in self.layers for p in m.parameters(recurse=False))
+    def _norms_behind(self) -> dict[nn.Module, nn.Module]:
+        """Of each convolution the batch norm that goes from directly behind it, where each has the other alone.
+
+        One whose weight is, or shares memory with, another's is not among these: its scale is the other's, too.
+        """
+        parameters = {(m, name): p for m in self._names for name, p in m._parameters.items() if p is not None}
+        owners = Counter(map(_memory, parameters.values()))
         found: dict[nn.Module, nn.Module] = {}
         for norm in self.removed:
             (conv, *others) = self.links[norm].sources or [UNKNOWN]
-            if isinstance(conv, _ConvNd) and not others and readers[conv] == 1:
-                alone = all(owners[id(p)] == 1 for p in conv.parameters(recurse=False))
-                if alone and conv.out_channels == num_features(norm):
-                    found[conv] = norm
+            if not isinstance(conv, _ConvNd) or others or not self.links[norm].direct:
+                continue
+            own = all(owners[_memory(p)] == 1 and _is_dense(p) for p in conv.parameters(recurse=False))
+            if own and self.links[conv].sinks == [norm] and conv.out_channels == num_features(norm):
+                found[conv] = norm
         return found
 
     def _remove_norms(self) -> None:
@@ -156,6 +161,8 @@ class Plan:
         """Whatever feeds it; empty if that decides."""
         if norm in self._excluded:
             return "excluded"
+        if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+            return "not initialised: run the model once before"
         if plain_class(norm, _NORMS) is None and not _is_foreign_norm(norm):
             return f"a subclass of {_base(norm)} with a forward of its own"
         if self.links[norm].weight_read:
@@ -179,7 +186,7 @@ class Plan:
         sources, sinks = self._ends(norm, "sources"), self._ends(norm, "sinks")
         if sources and all(self._whitens(end, norm, "sources") for end in sources):
             return f"behind {self._list(sources)}{self._guess(norm, 'sources')}"
-        if any(isinstance(end, (_ConvNd, nn.Linear)) and end not in self.whitening for end in sources):
+        if any(_is_linear_map(end) and end not in self.whitening for end in sources):
             return ""
         if sinks and all(self._whitens(end, norm, "sinks") for end in sinks):
             return f"before {self._list(sinks)}{self._guess(norm, 'sinks')}"
@@ -226,6 +233,22 @@ class Plan:
         return kind if norm is None else f"{kind}, with the weight and bias of {self._list([norm])}"
 
 
+def _is_linear_map(end: End) -> bool:
+    """Whether its output has the scale of a weight, which a batch norm behind it divides out."""
+    return end in LINEAR_MAPS if isinstance(end, str) else isinstance(end, (_ConvNd, nn.Linear))
+
+
+def _memory(t: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    without = t.is_meta or isinstance(t, FakeTensor) or nn.parameter.is_lazy(t)
+    return id(t) if without else t.untyped_storage().data_ptr() or id(t)
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether its elements have memory of their own each, as those of an expanded tensor have not."""
+    return not any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 def _why_unsafe(module: Any, link: Links, bypassed: bool) -> str:
     """What would go wrong if this convolution or linear layer were replaced; empty for nothing."""
     if nn.parameter.is_lazy(module.weight):
@@ -234,11 +257,18 @@ def _why_unsafe(module: Any, link: Links, bypassed: bool) -> str:
         return f"a subclass of {_base(module)} with a forward of its own"
     if not {"weight", "bias"} <= module._parameters.keys():
         return "its weight or bias is computed from others"
-    if not module.weight.is_floating_point():
+    if module.weight.dtype not in _DTYPES:
         return f"its weight is {module.weight.dtype}"
+    if isinstance(module, _ConvNd) and tuple(module.weight.shape) != _expected_shape(module):
+        return f"its weight is of shape {tuple(module.weight.shape)}, which is not what its attributes say"
     if bypassed or link.weight_read:
         return "its weight is used without calling it"
     return ""
+
+
+def _expected_shape(conv: Any) -> tuple[int, ...]:
+    kernel = conv.kernel_size if isinstance(conv.kernel_size, tuple) else ()
+    return (conv.out_channels, conv.in_channels // conv.groups, *kernel)
 
 
 def plain_class(module: nn.Module, classes: Iterable[type]) -> type | None:
@@ -263,6 +293,8 @@ def _why_own(module: Any) -> str:
     for name, value in vars(module).items():
         if callable(value) and hasattr(kind, name):
             return f"has a {name} of its own, set on the layer itself"
+    if not _is_foreign_norm(module) and (name := _own_of_class(kind)):
+        return f"a subclass of {_base(module)} with a {name} of its own"
     usual = {"weight", "bias"}
     if is_norm(module):
         usual |= _STATISTICS | ({"act", "drop"} if _is_foreign_norm(module) else set())
@@ -270,6 +302,19 @@ def _why_own(module: Any) -> str:
         return f"has a parameter, buffer or module of its own, {min(own)}"
     clash = set() if is_norm(module) else vars(module).keys() & _new_names(isinstance(module, nn.Linear))
     return f"has an attribute {min(clash)}, as a deconvolution layer has, of another meaning" if clash else ""
+
+
+def _own_of_class(kind: type) -> str:
+    """A method or attribute that a subclass of torch's class defines, and might be asked for; empty for none. What made
+    the layer, static methods among it, has done its work, and special methods have to do with Python."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] == "torch":
+            return ""
+        for name, value in vars(base).items():
+            special = name.startswith("__") or name in ("reset_parameters", "extra_repr")
+            if not special and not isinstance(value, staticmethod):
+                return name
+    return ""
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from helpers import assert_close, randn
 from tdeconv import Delinear, FastDeconv, calibrate_deconv
@@ -149,3 +150,45 @@ def test_what_fails_leaves_the_model_as_it_was() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_shared_weight_is_scaled_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(FastDeconv(4, 4, 3, padding=1), nn.ReLU(), FastDeconv(4, 4, 3, padding=1)).double()
+    model[2].weight = model[0].weight
+    x = randn(6, 4, 7, 7)
+    calibrate_deconv(model, x)
+    weight = model[0].weight.detach().clone()
+    assert abs(variations(copy.deepcopy(model), x)[0] - 1) < 1e-6
+    calibrate_deconv(model, x)
+    assert_close(model[0].weight, weight, 1e-6)
+
+
+def test_weight_that_is_computed_is_refused() -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    prune.l1_unstructured(model[3], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"that of its layer '3' is computed from others"):
+        calibrate_deconv(model, images())
+    assert torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_buffers_that_are_set_anew_or_share_memory_stay() -> None:
+    class Counting(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(FastDeconv(3, 4, 3))
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mask", torch.ones(1, 1).expand(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return super().forward(x) + self.mask.sum()
+
+        def train(self, mode: bool = True) -> None:  # and returns nothing
+            super().train(mode)
+
+    model = Counting().double()
+    calls = model.calls
+    calibrate_deconv(model, images())
+    assert model.calls is calls
+    assert calls == 0

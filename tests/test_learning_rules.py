@@ -118,6 +118,9 @@ UNSCALED = {
     "two batch norms": lambda m, x: m.n(m.c(x)) + m.o(m.c(x)),
     "two convolutions": lambda m, x: m.n(torch.cat([m.c(x), m.d(x)], 1)[:, :4]) + m.o(x),
     "pixels from channels": lambda m, x: m.p(nn.functional.pixel_shuffle(m.c(x), 2)),
+    "other order of channels": lambda m, x: m.n(nn.functional.channel_shuffle(m.c(x), 2)),
+    "a sum of both": lambda m, x: (y := m.c(x)) + m.n(y),
+    "an activation between": lambda m, x: m.n(m.c(x).relu()),
 }
 
 
@@ -130,6 +133,32 @@ def test_scale_that_is_not_one_batch_norms_alone_is_left(call: Any) -> None:
     assert type(model.c) is FastDeconv
     assert torch.equal(model.c.weight, weight)
     assert "weight and bias of" not in next(row.why for row in report.rows if row.name == "c")
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_weight_that_the_model_has_elsewhere_too_is_left(first: bool, same: bool) -> None:
+    """As the same Parameter, or as another over the same memory; registered before the layer or behind it."""
+    model = Calls(lambda m, x: m.n(m.c(x)))
+    conv = nn.Conv2d(4, 4, 1)
+    weight = conv.weight.detach().clone()
+    tied = conv.weight if same else nn.Parameter(conv.weight.detach())
+    for name in ("tied", "c") if first else ("c", "tied"):
+        setattr(model, name, tied if name == "tied" else conv)
+    model.n = norm(4)
+    convert_deconv(model)
+    assert type(model.c) is FastDeconv
+    assert torch.equal(model.tied, weight)
+
+
+@pytest.mark.filterwarnings("ignore:convert_deconv converted nothing")
+def test_convolution_whose_weight_is_read_by_another_name_is_left() -> None:
+    model = Calls(lambda m, x: m.n(m.c(x)) + nn.functional.conv2d(x, m.w))
+    conv = nn.Conv2d(4, 4, 1)
+    model.w, model.c, model.n = conv.weight, conv, norm(4)
+    report = report_of(model)
+    assert "used without calling it" in report.left[0].why
+    assert [type(m) for m in (model.c, model.n)] == [nn.Conv2d, nn.BatchNorm2d]
 
 
 def test_weight_that_two_convolutions_share_is_left() -> None:

@@ -100,3 +100,21 @@ def test_reparameterize_model_of_timm_is_refused_after_conversion_and_works_befo
             reparameterize_model(fuse_deconv_eval(model))
         converted(merged, block=8)
         assert_close(fuse_deconv_eval(merged.eval())(x), merged(x), 1e-4)
+
+
+def test_method_that_the_forward_calls_is_left_alone() -> None:
+    class Fusing(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+        def fuse(self) -> Tensor:
+            return 2 * self.features
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.features = super().forward(x)
+            return self.fuse()
+
+    report = converted(model := Fusing())
+    assert not [row for row in report.rows if row.action == "disabled"]
+    x = torch.randn(2, 4, 12, 12)
+    assert torch.equal(model(x), 2 * model.features)

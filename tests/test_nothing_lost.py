@@ -428,3 +428,102 @@ def test_frozen_batch_norm_that_holds_more_than_one_does_is_left() -> None:
     assert [row.why for row in report.left if row.name == "1"] == [
         "no batch norm; it normalises what 0 has whitened already"
     ]
+
+
+# ------------------------------------------------------------------------------------------ what a trace would not see
+
+
+def test_layers_in_a_cache_that_tracing_fills_are_left() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        @functools.cache  # noqa: B019
+        def layers(self) -> list[nn.Module]:
+            return [self.conv, self.norm]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return in_order(self.layers(), x)
+
+    model = Cached()
+    report = report_of(model)
+    assert [row.action for row in report.rows] == ["left", "left"]
+    assert model.layers() == [model.conv, model.norm]
+
+
+ALIASES = {
+    "data": lambda y: y.data,
+    "detach": lambda y: y.detach(),
+    "unbind": lambda y: y.unbind(0)[0],
+    "swapaxes": lambda y: y.swapaxes(2, 3),
+    "permute": lambda y: y.permute(0, 2, 3, 1),
+    "mT": lambda y: y.mT,
+    "expand_as": lambda y: y.expand_as(y),
+    "ravel": lambda y: y.ravel(),
+    "unfold": lambda y: y.unfold(2, 1, 1),
+    "diagonal": lambda y: y.diagonal(),
+    "unary plus": lambda y: +y,
+    "chunk": lambda y: y.chunk(2, 1)[0],
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES.keys())
+def test_output_that_is_overwritten_by_another_name_is_a_copy(alias: Callable[[Tensor], Tensor]) -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x)
+            y = self.norm(h)
+            alias(y).mul_(0)
+            return h + y
+
+    model = convert_deconv(Overwriting().double()).eval()
+    x = randn(5, 3, 6, 6)
+    with torch.no_grad():
+        h = model.conv(x)
+        y = h.clone()
+        alias(y).mul_(0)
+        assert_close(model(x), h + y, 1e-12)
+
+
+def test_subclass_with_more_than_a_constructor_is_left() -> None:
+    class Scaled(nn.Conv2d):
+        gain = 2.0
+
+    class Frozen(nn.BatchNorm2d):
+        def train(self, mode: bool = True) -> nn.BatchNorm2d:
+            return super().train(False)
+
+    class Sized(nn.Conv2d):
+        @staticmethod
+        def stride_for(size: int) -> int:
+            return 1 + size // 100
+
+    model = nn.Sequential(Scaled(3, 4, 1), Frozen(4), Sized(4, 4, 1), nn.BatchNorm2d(4))
+    report = report_of(model)
+    whys = {row.name: row.why for row in report.left}
+    assert whys == {
+        "0": "a subclass of Conv2d with a gain of its own",
+        "1": "a subclass of BatchNorm2d with a train of its own",
+    }
+    assert type(model[2]) is FastDeconv
+
+
+def test_convolution_that_was_cut_to_other_channels_is_left() -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    conv.weight = nn.Parameter(conv.weight.detach()[:, :1])
+    model = nn.Sequential(conv, nn.BatchNorm2d(4))
+    assert "is of shape (4, 1, 3, 3)" in report_of(model).left[0].why
+    assert model(torch.randn(5, 1, 6, 6)).shape == (5, 4, 4, 4)
+
+
+def test_padding_that_was_set_on_the_layer_is_what_torch_pads_by() -> None:
+    conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+    conv._reversed_padding_repeated_twice = [2, 0, 0, 0]
+    model = nn.Sequential(conv, nn.BatchNorm2d(4)).double()
+    expected = conv(randn(5, 3, 6, 6)).shape
+    assert convert_deconv(model)(randn(5, 3, 6, 6)).shape == expected

@@ -69,6 +69,8 @@ STAYS = {
     "the output": lambda m, x: m.n(x + m.c(x)),
     "behind a transposed convolution": lambda m, x: m.c(m.n(m.t(x))),
     "behind a functional convolution": lambda m, x: m.n(F.conv2d(x, x.new_ones(4, 4, 1, 1))),
+    "between a functional convolution and another": lambda m, x: m.d(m.n(F.conv2d(x, x.new_ones(4, 4, 1, 1)))),
+    "over another axis": lambda m, x: m.n(m.c(x)[:, :, :4].transpose(1, 2)),
     "called on a convolution and a sum": lambda m, x: m.n(m.c(x)) + m.n(x + x),
 }
 

@@ -171,7 +171,8 @@ def convert_deconv(
       or batches are small; and where all are few, fewer than five Newton-Schulz steps (``samples_per_feature``).
     - The convolutions that see the model's input take five steps, too (``first_n_iter``). The paper's 15 whiten an
       image completely: of one that was enlarged, or is smooth, they show what the enlargement or the noise added.
-    - A covariance has at most 1,024 features, by a smaller ``block`` where kernels are large.
+    - A covariance has at most 1,024 features, by a smaller ``block`` where kernels are large (not with groups, whose
+      covariances are the groups').
 
     What was chosen for a layer is in the report. :func:`tdeconv.calibrate_deconv` can then set the layers' scales by a
     batch of data.

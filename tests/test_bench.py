@@ -351,7 +351,7 @@ def test_a_network_that_refuses_the_images_is_refused(network: nets.Network) -> 
 def test_a_network_with_wrong_outputs_is_not_timed(network: nets.Network) -> None:
     def wrong(model: nn.Module) -> nn.Module:
         model: Any = implementations.REFERENCE.convert(model)
-        model[0].n_iter = 3
+        model[0].eps = 1.0
         return model
 
     one = implementations.Implementation("wrong", "deconv", implementations.REFERENCE.build, wrong)

@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("tdeconv")
 _BLOCK = 64  # as in the paper
 _MOST_FEATURES = 1024  # of a covariance: a root's time grows with their cube, the samples it needs with their number
+_MOST_OF_A_GROUP = 128  # features; more left a network with SiLU behind batch norm until it was calibrated
 _DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDeconv, nn.Conv3d: FastDeconv3d}
 
 
@@ -242,6 +243,7 @@ def convert_deconv(
                 norm = plan.norm_of.get(module) if rules["keep_affine"] else None
                 action, became, why = "converted", _describe(new[module]), plan.remark(module, norm)
                 why += _smaller_block(new[module]) if blocks[module] is None else ""
+                why += _little_whitened(new[module])
             if module in new:
                 carry_over(module, new[module])
             rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
@@ -377,6 +379,15 @@ def _smaller_block(layer: Any) -> str:
     if _default_block(taps) == _BLOCK or layer.groups > 1:
         return ""
     return f"; a block of {layer.block} for its large kernel"
+
+
+def _little_whitened(layer: Any) -> str:
+    """A hint where few steps on many features leave outputs far below their weight's norm."""
+    grouped = not isinstance(layer, Delinear) and layer.groups > 1
+    features = layer.running_mean.numel() // layer.groups if grouped else 0
+    if features <= _MOST_OF_A_GROUP:
+        return ""
+    return f"; {layer.n_iter} step(s) whiten {features} features a little: see calibrate_deconv"
 
 
 def _deconv(layer: Any, first: bool, block: int | None, options: _Options) -> nn.Module:

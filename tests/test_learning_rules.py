@@ -324,3 +324,10 @@ def test_gradients_and_outputs_at_the_start_are_of_batch_norms_size(name: str) -
 def test_report_says_why_a_block_is_smaller() -> None:
     report = report_of(nn.Sequential(nn.Conv2d(64, 4, 7), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
     assert [row.why.partition("; ")[2] for row in report.converted] == ["a block of 16 for its large kernel", ""]
+
+
+def test_report_hints_at_calibration_where_steps_whiten_little() -> None:
+    wide, narrow = nn.Conv2d(64, 64, 3, groups=2), nn.Conv2d(64, 64, 3, groups=8)
+    report = report_of(nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), wide, nn.BatchNorm2d(64), narrow))
+    hints = {row.name for row in report.converted if "calibrate_deconv" in row.why}
+    assert hints == {"2"}

@@ -194,7 +194,7 @@ def _made(runs: Sequence[Run]) -> str:
 
 
 def _table(setting: Setting, sides: Sides) -> Table:
-    head = ["network", "layers", "rate", "loss", "training accuracy", "test accuracy", "gradient", "ratio", "s/step"]
+    head = ["network", "layers", "rate", "loss", "training accuracy", "test accuracy", "gradient", "ratio"]
     body = []
     for network, of in sides.items():
         for name, side in sorted(of.items()):
@@ -211,7 +211,6 @@ def _table(setting: Setting, sides: Sides) -> Table:
                 _spread(side.accuracy(setting.steps), 100, 1) if side.finite(setting.steps) else "not finite",
                 f"{statistics.fmean(gradients):.3g}",
                 f"{max(compared):.2f}" if compared else "",
-                f"{statistics.median(run['step_seconds'] for run in runs):.2g}",
             ])  # fmt: skip
     caption = "Accuracy in percent; the ratio of gradients is the largest of all seeds'."
     return Table(str(setting), caption, [head, *body])

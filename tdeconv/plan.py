@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -31,6 +32,7 @@ _FOREIGN_NORMS = {
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 # Norms of other kinds, for the report; those of other packages are known by "Norm" in their names.
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
+_LARGE_KERNEL = 16  # taps: 64 channels of more would have more than 1,024 features
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # In evaluation their fast paths use the weights of the layers inside without calling these.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -90,7 +92,7 @@ class Plan:
         norms = [m for m in self.layers if is_norm(m)]
         # without any batch norm, and none taken out before, there is nothing to go by
         without_norms = not norms and not any(isinstance(m, DECONVS) for m in self.layers)
-        self._plain = set() if unnormalised or without_norms else self._unnormalised(norms)
+        self._plain = {} if unnormalised or without_norms else self._unnormalised(norms)
         self.whitening = {m for m in self.layers if isinstance(m, DECONVS) or not (is_norm(m) or self.why_left(m))}
         self.removed: dict[nn.Module, str] = {}
         self._remove_norms()
@@ -100,15 +102,24 @@ class Plan:
         self._behind = {m: why for m in others if (why := self._why_listed(m))}
         self.layers = {m: name for m, name in self._names.items() if m in self.layers or m in self._behind}
 
-    def _unnormalised(self, norms: list[nn.Module]) -> set[nn.Module]:
-        """The convolutions with a batch norm neither behind nor before them. One before a map's mean, as the squeeze
-        of squeeze-and-excitation has it, is none: that sees one value per channel and image."""
-        normalised = {end for norm in norms for end in self.links[norm].sources}
-        known = set(norms)
+    def _unnormalised(self, norms: list[nn.Module]) -> dict[nn.Module, str]:
+        """The convolutions with a batch norm neither behind nor before them, and which of the two it is that they lack.
+
+        A batch norm before a map's mean, as the squeeze of squeeze-and-excitation has it, is none: that sees one value
+        per channel and image. Neither is one before a large kernel, as the linear layers of a VGG have it, when they
+        are written as convolutions: it sees few patches of many features.
+        """
+        behind = {end for norm in norms for end in self.links[norm].sources}
+        plain: dict[nn.Module, str] = {}
         for module in self.layers:
-            if not known.isdisjoint(set(self.links[module].sources) - self.links[module].pooled):
-                normalised.add(module)
-        return {m for m in self.layers if isinstance(m, _ConvNd) and m not in normalised}
+            if not isinstance(module, _ConvNd) or module in behind:
+                continue
+            before = set(self.links[module].sources) - self.links[module].pooled
+            if before.isdisjoint(norms):
+                plain[module] = "no batch norm before or behind it"
+            elif math.prod(_expected_shape(module)[2:]) > _LARGE_KERNEL:
+                plain[module] = "no batch norm behind it, and a large kernel"
+        return plain
 
     def _norms_behind(self) -> dict[nn.Module, nn.Module]:
         """Of each convolution the batch norm that goes from directly behind it, where each has the other alone.
@@ -152,9 +163,8 @@ class Plan:
         if isinstance(module, nn.Linear) and not self._linear:
             return "linear=False"
         if not is_norm(module):
-            plain = "no batch norm before or behind it" if module in self._plain else ""
             unsafe = _why_unsafe(module, self.links[module], module in self._bypassed)
-            return unsafe or self._why_lost(module) or plain
+            return unsafe or self._why_lost(module) or self._plain.get(module, "")
         return "" if module in self.removed else self._why_norm_stays(module) or self._why_needed(module)
 
     def _why_norm_stays(self, norm: nn.Module) -> str:

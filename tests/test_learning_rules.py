@@ -217,19 +217,23 @@ PLAIN = {
     "behind pooling": lambda m, x: m.c(nn.functional.adaptive_avg_pool2d(m.n(x), 1)),
     "behind a pooling module": lambda m, x: m.c(m.pool(m.n(x))),
     "without a norm near": lambda m, x: m.c(m.n(x) * 2),
+    "of a large kernel": lambda m, x: m.big(m.n(x).relu()),
 }
 
 
 @pytest.mark.parametrize("call", PLAIN.values(), ids=PLAIN.keys())
 @pytest.mark.filterwarnings("ignore:convert_deconv converted nothing")
 def test_convolution_without_a_batch_norm_stays_unless_asked_for(call: Any) -> None:
-    model = Calls(call, c=nn.Conv2d(4, 4, 1), n=nn.BatchNorm2d(4), pool=nn.AdaptiveAvgPool2d(1))
+    pool, big = nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 5)
+    model = Calls(call, c=nn.Conv2d(4, 4, 1), n=nn.BatchNorm2d(4), pool=pool, big=big)
     other = copy.deepcopy(model)
     report = report_of(model)
-    assert type(model.c) is nn.Conv2d
-    assert "no batch norm before or behind it" in [row.why for row in report.left]
+    assert type(model.c) is type(model.big) is nn.Conv2d
+    used = "big" if call is PLAIN["of a large kernel"] else "c"
+    why = "no batch norm behind it, and a large kernel" if used == "big" else "no batch norm before or behind it"
+    assert why in [row.why for row in report.left if row.name == used]
     convert_deconv(other, unnormalised=True)
-    assert type(other.c) is FastDeconv
+    assert type(other.get_submodule(used)) is FastDeconv
 
 
 def test_model_without_any_batch_norm_is_converted_whole_and_once() -> None:

@@ -8,7 +8,8 @@ from tdeconv.backends import BackendUnavailable, use_backend
 from tdeconv.calibrate import calibrate_deconv
 from tdeconv.channel_deconv import ChannelDeconv
 from tdeconv.checkpoint import checkpoint_contexts
-from tdeconv.convert import ConversionReport, convert_deconv
+from tdeconv.conversion_report import ConversionReport
+from tdeconv.convert import convert_deconv
 from tdeconv.distributed import convert_sync_deconv
 from tdeconv.explain import explain
 from tdeconv.functional import delinear, fast_deconv, fold_deconv, inverse_sqrt, patch_moments

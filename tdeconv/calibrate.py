@@ -27,7 +27,7 @@ def calibrate_deconv(model: Model, batch: Any) -> Model:
     its start. (One number for a layer, not for a channel: a channel that hardly varies would be blown up.) A weight of
     zero, with which a residual branch may start, stays zero. A second call changes nothing but by rounding.
 
-    The convolutions are scaled, not :class:`tdeconv.Delinear`, whose outputs are scores, often. It is meant for
+    The convolutions are scaled, not :class:`tdeconv.Delinear`, whose outputs are often scores. It is meant for
     networks with random weights, before their training.
 
     Args:

@@ -3,86 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
-from tdeconv import cautions, checks, starts
-from tdeconv.dataflow import Links
+from tdeconv import cautions, checks, replacements, starts
+from tdeconv.conversion_report import ConversionReport, ConversionRow, describe
 from tdeconv.holders import carry_over, replace
-from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.merging import bar_merging
-from tdeconv.plan import CONVS, DECONVS, Plan, is_norm, kind_of, num_features, plain_class
+from tdeconv.plan import BLOCK, Plan, is_norm
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _log = logging.getLogger("tdeconv")
-_BLOCK = 64  # as in the paper
-_MOST_FEATURES = 1024  # of a covariance: a root's time grows with their cube, the samples it needs with their number
-_MOST_OF_A_GROUP = 128  # features; more left a network with SiLU behind batch norm until it was calibrated
-_DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDeconv, nn.Conv3d: FastDeconv3d}
-
-
-@dataclass(frozen=True)
-class ConversionRow:
-    """One layer of a :class:`ConversionReport`: its name, what it was and became, and why.
-
-    ``action`` is ``"converted"`` (into a deconvolution layer), ``"removed"`` (a batch norm) or ``"left"``; or
-    ``"disabled"`` of modules with a method, such as timm's ``reparameterize``, that would merge what was converted.
-    """
-
-    name: str
-    was: str
-    action: str
-    became: str
-    why: str
-
-
-@dataclass
-class ConversionReport:
-    """What :func:`convert_deconv` did with every convolution, batch norm and linear layer, and why.
-
-    A norm of another kind behind a deconvolution layer has a row too: it is left, and may be needless.
-    ``print(report)`` shows a table, ``summary`` is its last line; ``converted``, ``removed`` and ``left`` are the rows
-    of each kind.
-    """
-
-    rows: list[ConversionRow] = field(default_factory=list)
-
-    @property
-    def converted(self) -> list[ConversionRow]:
-        return [row for row in self.rows if row.action == "converted"]
-
-    @property
-    def removed(self) -> list[ConversionRow]:
-        return [row for row in self.rows if row.action == "removed"]
-
-    @property
-    def left(self) -> list[ConversionRow]:
-        return [row for row in self.rows if row.action == "left"]
-
-    @property
-    def summary(self) -> str:
-        """How many layers were converted, removed and left, in one line."""
-        counts = len(self.converted), len(self.removed), len(self.left)
-        total = "layers converted: {}; batch norms removed: {}; left: {}".format(*counts)
-        return total if self.rows else f"{total}: the model has no convolution, batch norm or linear layer"
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return self.summary
-        cells = [("layer", "was", "became", "why"), *((r.name, r.was, r.became, r.why) for r in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], "", self.summary])
-
-
 _RECIPES: dict[str, dict[str, Any]] = {
     "tdeconv": {
         "block": None,
@@ -92,33 +28,13 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "unnormalised": False,
     },
     "paper": {
-        "block": _BLOCK,
+        "block": BLOCK,
         "samples_per_feature": 0,
         "first_n_iter": 15,
         "keep_affine": False,
         "unnormalised": True,
     },
 }
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How the new layers are made."""
-
-    sampling_stride: int
-    samples_per_feature: int
-    n_iter: int
-    first_n_iter: int
-    freeze_first: bool
-    block_fc: int
-    backend: str | None
-
-    def check(self) -> None:
-        checks.options(1e-5, self.n_iter, 0.1, _BLOCK, self.sampling_stride)
-        checks.positive_int("samples_per_feature", self.samples_per_feature, least=0)
-        checks.positive_int("first_n_iter", self.first_n_iter)
-        checks.positive_int("block_fc", self.block_fc)
-        checks.backend(self.backend)
 
 
 def convert_deconv(
@@ -149,8 +65,7 @@ def convert_deconv(
     normalises anything else, a sum of branches say, is left. What feeds what is traced by ``torch.fx``, and where the
     model's code cannot be traced, taken from the order in which its modules were registered.
 
-    Where code behind a batch norm works in place on what others still read, :class:`Clone` takes its place, an identity
-    that copies.
+    Where code behind a batch norm works in place on what others still read, an identity that copies takes its place.
 
     Methods without arguments by which modules merge their convolutions and batch norms to be deployed
     (``reparameterize``, ``fuse``, ``switch_to_deploy``, ``fuse_model``; timm's ``reparameterize_model`` calls these)
@@ -223,33 +138,17 @@ def convert_deconv(
         unnormalised=unnormalised,
     )
     blocks = _blocks(model, rules["block"], _RECIPES[recipe]["block"])
-    options = _Options(
+    options = replacements.Options(
         sampling_stride, rules["samples_per_feature"], n_iter, rules["first_n_iter"], freeze_first, block_fc, backend
     )
     options.check()
     excluded = _excluded(model, exclude)
     plan = Plan(model, linear, excluded, rules["unnormalised"])
     cautions.warn(plan, excluded)
-    rows: list[ConversionRow] = []
-    new: dict[nn.Module, nn.Module] = {}
-    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
-        for module, name in plan.layers.items():
-            action, became, why = "left", "-", plan.why_left(module)
-            if not why and is_norm(module):
-                new[module] = _without_norm(module, plan.links[module])
-                action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
-            elif not why:
-                new[module] = _deconv(module, module in plan.first, blocks[module], options)
-                norm = plan.norm_of.get(module) if rules["keep_affine"] else None
-                action, became, why = "converted", _describe(new[module]), plan.remark(module, norm)
-                why += _smaller_block(new[module]) if blocks[module] is None else ""
-                why += _little_whitened(new[module])
-            if module in new:
-                carry_over(module, new[module])
-            rows.append(ConversionRow(name or "(the model)", _describe(module), action, became, why))
-    for module, norm in plan.norm_of.items() if rules["keep_affine"] else ():
-        if module in new:
-            starts.take_affine(new[module], norm)
+    norm_of = plan.norm_of if rules["keep_affine"] else {}
+    rows, new = _rows_and_layers(plan, norm_of, blocks, options)
+    for module, norm in norm_of.items():
+        starts.take_affine(new[module], norm)
     replace(model, new)
     for names, kind, why in bar_merging(model, set(new.values())):
         rows.append(ConversionRow(names, kind, "disabled", "-", why))
@@ -257,6 +156,32 @@ def convert_deconv(
     report.rows = rows
     _log.info("%s (report=tdeconv.ConversionReport() lists them)", report.summary)
     return cast(Model, new.get(model, model))
+
+
+def _rows_and_layers(
+    plan: Plan,
+    norm_of: dict[nn.Module, nn.Module],
+    blocks: dict[nn.Module, int | None],
+    options: replacements.Options,
+) -> tuple[list[ConversionRow], dict[nn.Module, nn.Module]]:
+    """A row of the report for every layer, and what takes the place of those that go. No weight is changed as yet."""
+    rows: list[ConversionRow] = []
+    new: dict[nn.Module, nn.Module] = {}
+    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
+        for module, name in plan.layers.items():
+            action, became, why = "left", "-", plan.why_left(module)
+            if not why and is_norm(module):
+                new[module] = replacements.without_norm(module, plan.links[module])
+                action, became, why = "removed", type(new[module]).__name__, plan.removed[module]
+            elif not why:
+                new[module] = replacements.deconv(module, module in plan.first, blocks[module], options)
+                hints = replacements.hints(new[module], blocks[module] is None)
+                action, became = "converted", describe(new[module])
+                why = plan.remark(module, norm_of.get(module)) + hints
+            if module in new:
+                carry_over(module, new[module])
+            rows.append(ConversionRow(name or "(the model)", describe(module), action, became, why))
+    return rows, new
 
 
 def _check_model(model: Any) -> None:
@@ -323,99 +248,3 @@ def _blocks(model: nn.Module, block: int | Mapping[str, int] | None, rest: int |
         size = checks.positive_int(f"block[{pattern!r}]", size)
         blocks.update((inner, size) for m in _of_name(model, pattern, "block") for inner in m.modules())
     return blocks
-
-
-def _describe(module: Any) -> str:
-    """``Conv2d(3, 64, 7x7)`` and the like, short enough for a table."""
-    name = type(module).__name__
-    if isinstance(module, _ConvNd):
-        sizes = [str(module.in_channels), str(module.out_channels), "x".join(map(str, module.kernel_size))]
-        sizes += [f"groups={module.groups}"] if module.groups > 1 else []
-        if isinstance(module, DECONVS):
-            sizes = [f"block={module.block}", f"n_iter={module.n_iter}", *(["freeze"] if module.freeze else [])]
-        return f"{name}({', '.join(sizes)})"
-    if isinstance(module, Delinear):
-        return f"{name}(block={module.block}, n_iter={module.n_iter})"
-    if isinstance(module, nn.Linear):
-        return f"{name}({module.in_features}, {module.out_features})"
-    return f"{name}({num_features(module)})" if is_norm(module) else name
-
-
-class Clone(nn.Identity):
-    """Stands for a removed batch norm whose output is changed in place while its input is needed unchanged."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input.clone()
-
-
-def _without_norm(norm: Any, link: Links) -> nn.Module:
-    """What is left of a batch norm: nothing, or the dropout and activation of one of timm's.
-
-    A batch norm's output was memory of its own, that the code after it may have changed in place.
-    """
-    parts = [m for m in norm.children() if type(m) is not nn.Identity]
-    for part in parts:
-        if link.input_read and getattr(part, "inplace", False):
-            part.inplace = False
-    if parts:
-        rest = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-    else:
-        rest = Clone() if link.input_read and link.overwritten else nn.Identity()
-    rest.training = norm.training
-    return rest
-
-
-def _default_block(taps: int) -> int:
-    """64 channels, fewer where that many would have more features than ``_MOST_FEATURES`` in a kernel of ``taps``."""
-    block = _BLOCK
-    while block > 1 and block * taps > _MOST_FEATURES:
-        block //= 2
-    return block
-
-
-def _smaller_block(layer: Any) -> str:
-    """Why the block is smaller than it would be in the paper's code."""
-    taps = 1 if isinstance(layer, Delinear) else math.prod(layer.kernel_size)
-    if _default_block(taps) == _BLOCK or layer.groups > 1:
-        return ""
-    return f"; a block of {layer.block} for its large kernel"
-
-
-def _little_whitened(layer: Any) -> str:
-    """A hint where few steps on many features leave outputs far below their weight's norm."""
-    grouped = not isinstance(layer, Delinear) and layer.groups > 1
-    features = layer.running_mean.numel() // layer.groups if grouped else 0
-    if features <= _MOST_OF_A_GROUP:
-        return ""
-    return f"; {layer.n_iter} step(s) whiten {features} features a little: see calibrate_deconv"
-
-
-def _deconv(layer: Any, first: bool, block: int | None, options: _Options) -> nn.Module:
-    """The deconvolution layer for a convolution or linear layer: its weight, a bias, fresh running statistics."""
-    weight, n_iter = layer.weight, options.n_iter
-    common: dict[str, Any] = {"backend": options.backend, "device": "meta", "dtype": weight.dtype}
-    if isinstance(layer, nn.Linear):
-        sizes = (layer.in_features, layer.out_features)
-        new: Any = Delinear(*sizes, n_iter=n_iter, block=options.block_fc, **common)
-    else:
-        most = {"depthwise convolution": 1, "group convolution": 3}.get(kind_of(layer), n_iter)
-        new = _DECONV_OF[plain_class(layer, CONVS)](
-            *(layer.in_channels, layer.out_channels, layer.kernel_size),
-            *(layer.stride, layer.padding, layer.dilation, layer.groups),
-            n_iter=options.first_n_iter if first else min(n_iter, most),
-            block=block or _default_block(math.prod(layer.kernel_size)),
-            sampling_stride=options.sampling_stride,
-            samples_per_feature=options.samples_per_feature,
-            freeze=first and options.freeze_first,
-            padding_mode=layer.padding_mode,
-            **common,
-        )
-        # which is what torch pads by, even where the layer's padding has been set since
-        new._reversed_padding_repeated_twice = list(layer._reversed_padding_repeated_twice)
-    new.weight = weight
-    zero = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    new.bias = nn.Parameter(zero, weight.requires_grad) if layer.bias is None else layer.bias
-    for name, buffer in new.named_buffers():
-        setattr(new, name, torch.empty_like(buffer, device=weight.device))
-    new.reset_running_stats()
-    return new.train(layer.training)

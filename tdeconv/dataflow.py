@@ -80,7 +80,7 @@ class Links:
     sinks: list[End] = field(default_factory=list)
     guessed: set[End] = field(default_factory=set)  # neighbours in the order of registration, where no trace tells
     calls: int = 0
-    direct: bool = True  # nothing stands between it and its sources, nor, where these are guessed, can it be seen
+    direct: bool = True  # its sources feed it with nothing between; said of guessed sources, too
     input_read: bool = True  # others read its input too, or may: the caller, or a gradient
     overwritten: bool = True  # its output is overwritten by an operation in place, or may be
     weight_read: bool = False  # its parameters are used by other code than its own forward

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tdeconv import ops
 from tdeconv.backends import choose
 from tdeconv.channel_deconv import ChannelDeconv
-from tdeconv.functional import linear_geometry
 from tdeconv.geometry import Geometry
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 
@@ -34,11 +33,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     lines = [f"{type(layer).__name__}: backend {choice.backend!r} ({choice.reason})"]
     if isinstance(layer, ChannelDeconv):
         return lines[0]
-    if isinstance(layer, Delinear):
-        x = x.reshape(-1, x.shape[-1])
-        geo, n_iter = linear_geometry(x.shape[-1], layer.block), layer.n_iter
-    else:
-        x, geo, n_iter = layer.in_training(x)
+    x, geo, n_iter = layer.in_training(x)
     lines.append(f"  samples: {_samples(geo, x)}; Newton-Schulz steps: {n_iter}{_why(layer, geo, n_iter)}")
     if choice.backend != "reference":
         stages = ops.stages(choice.backend).describe(x, layer.weight, geo, n_iter)
@@ -55,7 +50,7 @@ def _why(layer: Any, geo: Geometry, n_iter: int) -> str:
     """What ``samples_per_feature`` has changed."""
     changed = []
     if n_iter < layer.n_iter:
-        changed.append(f"of {layer.n_iter}, as {layer.n_iter} take {min(1.5 ** (2 * layer.n_iter), 57.7):.3g} for each")
-    if not isinstance(layer, Delinear) and geo.sampling_stride < layer.sampling_stride:
-        changed.append(f"sampling stride {geo.sampling_stride} of {layer.sampling_stride}, for enough samples")
+        changed.append(f"not {layer.n_iter}, for want of samples")
+    if geo.sampling_stride < (stride := getattr(layer, "sampling_stride", 1)):
+        changed.append(f"sampled at a stride of {geo.sampling_stride}, not {stride}, for more samples")
     return f" ({'; '.join(changed)})" if changed else ""

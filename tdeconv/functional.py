@@ -364,9 +364,12 @@ def sampled(
     samples_per_feature: int,
     process_group: distributed.StatisticsGroup | None,
 ) -> tuple[Geometry, int]:
-    """The layer as a training step samples it, and its Newton-Schulz steps: more densely, and fewer, where
-    ``samples_per_feature`` asks for it. Each rank of a group is taken to have as large a batch as this one, but takes
-    all steps: where one has not, the ranks' roots would differ."""
+    """The sizes and Newton-Schulz steps of a training step: where samples are few and ``samples_per_feature`` asks for
+    it, patches are sampled more densely, and fewer steps are taken.
+
+    Over several ranks, each is taken to have as large a batch as this one when patches are sampled. But all steps are
+    taken: steps by a rank's own batch would give ranks of different batches different roots.
+    """
     if not samples_per_feature:
         return geo, n_iter
     spatial, ranks = tuple(x.shape[2:]), process_group.size if process_group is not None else 1

@@ -164,8 +164,8 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
         return y
 
     def in_training(self, x: Tensor) -> tuple[Tensor, Geometry, int]:
-        """The input as it is convolved (padded, unless zeros do it), the layer's sizes over it in training, and the
-        Newton-Schulz steps it takes."""
+        """The input as it is convolved (padded, unless zeros do it), and of a training step on it the layer's sizes and
+        the Newton-Schulz steps."""
         x, padding = self._pad(x)
         geo = TF.convolution_geometry(
             x,
@@ -327,6 +327,10 @@ class Delinear(_WeightLayer, nn.Linear):
         self.register_buffer("running_deconv", self.weight.new_empty(self.block, self.block))
         self.momentum = momentum
         self.reset_running_stats()
+
+    def in_training(self, x: Tensor) -> tuple[Tensor, Geometry, int]:
+        """The input as rows of features, and of a training step on it the layer's sizes and the Newton-Schulz steps."""
+        return x.reshape(-1, self.in_features), TF.linear_geometry(self.in_features, self.block), self.n_iter
 
     def _forward(self, x: Tensor) -> Tensor:
         track = self.track_running_stats or not self.training

@@ -32,7 +32,10 @@ _FOREIGN_NORMS = {
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 # Norms of other kinds, for the report; those of other packages are known by "Norm" in their names.
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
-_LARGE_KERNEL = 16  # taps: 64 channels of more would have more than 1,024 features
+BLOCK = 64  # channels that are whitened together, as in the paper
+# Of a covariance: the time of a root grows with their cube, and the samples that it needs with their number.
+MOST_FEATURES = 1024
+_LARGE_KERNEL = MOST_FEATURES // BLOCK  # taps: a block of more would have more features than that
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # In evaluation their fast paths use the weights of the layers inside without calling these.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -131,7 +134,7 @@ class Plan:
         found: dict[nn.Module, nn.Module] = {}
         for norm in self.removed:
             (conv, *others) = self.links[norm].sources or [UNKNOWN]
-            if not isinstance(conv, _ConvNd) or others or not self.links[norm].direct:
+            if not isinstance(conv, _ConvNd) or isinstance(conv, DECONVS) or others or not self.links[norm].direct:
                 continue
             own = all(owners[_memory(p)] == 1 and _is_dense(p) for p in conv.parameters(recurse=False))
             if own and self.links[conv].sinks == [norm] and conv.out_channels == num_features(norm):

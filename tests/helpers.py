@@ -1,16 +1,16 @@
-"""What several test files share: relative differences, running a layer on a backend, the loops of method.md."""
+"""What several test files share: relative differences, layers run on a backend, small nets, the loops of method.md."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 import tdeconv
 from cases import Case
@@ -243,3 +243,16 @@ def loop_layer(
     ]
     y = torch.from_numpy(y).reshape(x.shape[0], *shape, out).movedim(-1, 1)
     return y, torch.from_numpy(mean), torch.from_numpy(root)
+
+
+class Net(nn.Module):
+    """Layers by name, and what is done with them: ``how(net, x)``."""
+
+    def __init__(self, how: Callable[[Net, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, x)

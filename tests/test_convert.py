@@ -17,8 +17,10 @@ from torch.nn.utils import parametrizations
 
 from helpers import assert_close, randn
 from models import timm, torchvision
-from tdeconv.convert import Clone, ConversionReport, convert_deconv
+from tdeconv.conversion_report import ConversionReport
+from tdeconv.convert import convert_deconv
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
+from tdeconv.replacements import Clone
 
 
 def plain_net() -> nn.Sequential:
@@ -406,14 +408,17 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
 
 
 def test_no_warning_where_nothing_that_was_trained_changes() -> None:
-    """The tests make errors of warnings."""
-    backbone = trained(plain_net())
-    convert_deconv(nn.Sequential(backbone, nn.Unflatten(1, (5, 1)), nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5)), exclude="0")
-    convert_deconv(nn.Sequential(nn.Linear(3, 3), has(nn.BatchNorm1d(3), running_mean=1)))  # nothing is converted
-    with torch.device("meta"):
-        convert_deconv(plain_net())  # without values
-    with FakeTensorMode():
-        convert_deconv(plain_net())
+    head = nn.Unflatten(1, (5, 1)), nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5)
+    linear = nn.Sequential(nn.Linear(3, 3), has(nn.BatchNorm1d(3), running_mean=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert_deconv(nn.Sequential(trained(plain_net()), *head), exclude="0")
+        convert_deconv(linear)  # nothing is converted
+        with torch.device("meta"):
+            convert_deconv(plain_net())  # without values
+        with FakeTensorMode():
+            convert_deconv(plain_net())
+    assert not caught
 
 
 def test_converting_a_trained_converted_model_again_is_silent() -> None:

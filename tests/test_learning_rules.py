@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tdeconv
-from helpers import assert_close, randn
+from helpers import Net, assert_close, randn
 from models import timm, torchvision
 from tdeconv import ConversionReport, FastDeconv, convert_deconv
 
@@ -103,17 +103,6 @@ def test_half_precision_and_meta_weights() -> None:
     assert model[0].weight.is_meta
 
 
-class Calls(nn.Module):
-    def __init__(self, call: Any, **children: nn.Module) -> None:
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
-
-
 UNSCALED = {
     "two batch norms": lambda m, x: m.n(m.c(x)) + m.o(m.c(x)),
     "two convolutions": lambda m, x: m.n(torch.cat([m.c(x), m.d(x)], 1)[:, :4]) + m.o(x),
@@ -128,7 +117,7 @@ UNSCALED = {
 def test_scale_that_is_not_one_batch_norms_alone_is_left(call: Any) -> None:
     conv = nn.Conv2d(4, 4, 1)
     weight = conv.weight.detach().clone()
-    model = Calls(call, c=conv, d=nn.Conv2d(4, 4, 1), n=norm(4), o=norm(4), p=norm(1))
+    model = Net(call, c=conv, d=nn.Conv2d(4, 4, 1), n=norm(4), o=norm(4), p=norm(1))
     report = report_of(model)
     assert type(model.c) is FastDeconv
     assert torch.equal(model.c.weight, weight)
@@ -139,7 +128,7 @@ def test_scale_that_is_not_one_batch_norms_alone_is_left(call: Any) -> None:
 @pytest.mark.parametrize("same", [True, False])
 def test_weight_that_the_model_has_elsewhere_too_is_left(first: bool, same: bool) -> None:
     """As the same Parameter, or as another over the same memory; registered before the layer or behind it."""
-    model = Calls(lambda m, x: m.n(m.c(x)))
+    model = Net(lambda m, x: m.n(m.c(x)))
     conv = nn.Conv2d(4, 4, 1)
     weight = conv.weight.detach().clone()
     tied = conv.weight if same else nn.Parameter(conv.weight.detach())
@@ -153,7 +142,7 @@ def test_weight_that_the_model_has_elsewhere_too_is_left(first: bool, same: bool
 
 @pytest.mark.filterwarnings("ignore:convert_deconv converted nothing")
 def test_convolution_whose_weight_is_read_by_another_name_is_left() -> None:
-    model = Calls(lambda m, x: m.n(m.c(x)) + nn.functional.conv2d(x, m.w))
+    model = Net(lambda m, x: m.n(m.c(x)) + nn.functional.conv2d(x, m.w))
     conv = nn.Conv2d(4, 4, 1)
     model.w, model.c, model.n = conv.weight, conv, norm(4)
     report = report_of(model)
@@ -168,6 +157,15 @@ def test_weight_that_two_convolutions_share_is_left() -> None:
     model = convert_deconv(nn.Sequential(first, norm(4), second, norm(4)))
     assert model[0].weight is model[2].weight
     assert torch.equal(model[0].weight, weight)
+
+
+def test_deconvolution_layer_that_is_there_keeps_its_weight() -> None:
+    layer = FastDeconv(4, 4, 3)
+    before = copy.deepcopy(layer.state_dict())
+    model = convert_deconv(nn.Sequential(layer, norm(4), nn.Conv2d(4, 4, 3), norm(4)))
+    assert [type(m) for m in model] == [FastDeconv, nn.Identity, FastDeconv, nn.Identity]
+    for name, value in model[0].state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_keep_affine_false_keeps_the_weight() -> None:
@@ -205,7 +203,7 @@ NORMALISED = {
 
 @pytest.mark.parametrize("case", NORMALISED)
 def test_batch_norm_behind_or_before_counts(case: str) -> None:
-    model = Calls(NORMALISED[case], c=nn.Conv2d(4, 4, 1), n=nn.BatchNorm2d(4))
+    model = Net(NORMALISED[case], c=nn.Conv2d(4, 4, 1), n=nn.BatchNorm2d(4))
     if case == "behind":
         model = nn.Sequential(model.c, model.n)
     convert_deconv(model)
@@ -225,7 +223,7 @@ PLAIN = {
 @pytest.mark.filterwarnings("ignore:convert_deconv converted nothing")
 def test_convolution_without_a_batch_norm_stays_unless_asked_for(call: Any) -> None:
     pool, big = nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 5)
-    model = Calls(call, c=nn.Conv2d(4, 4, 1), n=nn.BatchNorm2d(4), pool=pool, big=big)
+    model = Net(call, c=nn.Conv2d(4, 4, 1), n=nn.BatchNorm2d(4), pool=pool, big=big)
     other = copy.deepcopy(model)
     report = report_of(model)
     assert type(model.c) is type(model.big) is nn.Conv2d
@@ -241,7 +239,7 @@ def test_model_without_any_batch_norm_is_converted_whole_and_once() -> None:
     convert_deconv(model)
     assert [type(m) for m in model] == [FastDeconv, nn.ReLU, FastDeconv]
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Unflatten(1, (4, 6, 6)))
-    model.append(Calls(lambda m, x: m.c(x * 2), c=nn.Conv2d(4, 4, 1)))
+    model.append(Net(lambda m, x: m.c(x * 2), c=nn.Conv2d(4, 4, 1)))
     for _ in range(2):  # now there is no batch norm either, but there was one
         convert_deconv(model)
         assert type(model[-1].c) is nn.Conv2d
@@ -254,7 +252,7 @@ def test_recipe_of_the_paper() -> None:
     def net() -> nn.Sequential:
         torch.manual_seed(0)
         layers = [nn.Conv2d(3, 64, 7), nn.BatchNorm2d(64), nn.Conv2d(64, 8, 5), nn.BatchNorm2d(8)]
-        return nn.Sequential(*layers, Calls(lambda m, x: m.c(x * 2), c=nn.Conv2d(8, 8, 1)))
+        return nn.Sequential(*layers, Net(lambda m, x: m.c(x * 2), c=nn.Conv2d(8, 8, 1)))
 
     ours, papers, weight = convert_deconv(net()), convert_deconv(net(), recipe="paper"), net()[2].weight
     assert [m.n_iter for m in (ours[0], ours[2])] == [5, 5]
@@ -326,8 +324,9 @@ def test_gradients_and_outputs_at_the_start_are_of_batch_norms_size(name: str) -
 
 
 def test_report_says_why_a_block_is_smaller() -> None:
-    report = report_of(nn.Sequential(nn.Conv2d(64, 4, 7), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
-    assert [row.why.partition("; ")[2] for row in report.converted] == ["a block of 16 for its large kernel", ""]
+    convs = nn.Conv2d(64, 3, 7), nn.Conv2d(3, 4, 7), nn.Conv2d(4, 4, 3)  # the second has no more channels
+    report = report_of(nn.Sequential(*(layer for conv in convs for layer in (conv, nn.BatchNorm2d(conv.out_channels)))))
+    assert [row.why.partition("; ")[2] for row in report.converted] == ["a block of 16 for its large kernel", "", ""]
 
 
 def test_report_hints_at_calibration_where_steps_whiten_little() -> None:

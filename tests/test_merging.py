@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from helpers import assert_close
 from models import timm
-from tdeconv.convert import ConversionReport, convert_deconv
+from tdeconv.conversion_report import ConversionReport
+from tdeconv.convert import convert_deconv
 from tdeconv.fuse import fuse_deconv_eval
 
 

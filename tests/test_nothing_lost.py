@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from helpers import assert_close, randn
 from models import timm, torchvision
-from tdeconv.convert import ConversionReport, convert_deconv
+from tdeconv.conversion_report import ConversionReport
+from tdeconv.convert import convert_deconv
 from tdeconv.layers import Delinear, FastDeconv
 
 # whose only convolution is left, as most models here have it

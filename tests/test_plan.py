@@ -9,22 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers import assert_close, randn
-from tdeconv.convert import Clone, ConversionReport, convert_deconv
+from helpers import Net, assert_close, randn
+from tdeconv.conversion_report import ConversionReport
+from tdeconv.convert import convert_deconv
 from tdeconv.layers import Delinear, FastDeconv
-
-
-class Net(nn.Module):
-    """Layers by name, and what is done with them: ``how(net, x)``."""
-
-    def __init__(self, how: Callable[[Net, Tensor], Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.how = how
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.how(self, x)
+from tdeconv.replacements import Clone
 
 
 def conv(cin: int = 4, cout: int = 4, kernel: int = 3, **options: object) -> nn.Conv2d:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from helpers import all_finite, difference
 from models import PUBLIC, TIMM, TORCHVISION, Public, build, tensors
-from tdeconv.convert import ConversionReport, convert_deconv
+from tdeconv.conversion_report import ConversionReport
+from tdeconv.convert import convert_deconv
 from tdeconv.fuse import fuse_deconv_eval
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 

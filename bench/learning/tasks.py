@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from tdeconv.demo.data import (
     PHOTOGRAPHS,
     DataSet,
-    _fixed,
     digits,
+    fixed,
     from_torchvision,
     photographs,
     read_photograph,
@@ -103,7 +103,7 @@ def _debians(name: str) -> DataSet:
         train, test = ((_read(part, "images-idx3"), _read(part, "labels-idx1").long()) for part in ("train", "t10k"))
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"the data of {name} in {DEBIAN} cannot be read: {error}") from error
-    return _fixed(name, tuple("0123456789"), (train[0].unsqueeze(1), train[1]), (test[0].unsqueeze(1), test[1]))
+    return fixed(name, tuple("0123456789"), (train[0].unsqueeze(1), train[1]), (test[0].unsqueeze(1), test[1]))
 
 
 def _read(part: str, what: str) -> Tensor:

@@ -14,7 +14,6 @@ from tdeconv import ChannelDeconv, Delinear, ops
 from tdeconv.backends import choose
 from tdeconv.bench.profiles.observe import input_of, layers_of
 from tdeconv.bench.roofline import Ceilings, Shape, works
-from tdeconv.functional import linear_geometry
 from tdeconv.geometry import Geometry
 
 
@@ -95,11 +94,7 @@ def _facts(layer: Any, x: Tensor, dtype: torch.dtype, input_grad: bool) -> Facts
     if isinstance(layer, ChannelDeconv):
         return about
     x = x.to(dtype)
-    if isinstance(layer, Delinear):
-        x = x.reshape(-1, x.shape[-1])
-        geo, n_iter = linear_geometry(x.shape[-1], layer.block), layer.n_iter
-    else:
-        x, geo, n_iter = layer.in_training(x)
+    x, geo, n_iter = layer.in_training(x)
     if choice.backend != "reference":
         about.how = ops.stages(choice.backend).describe(x, layer.weight, geo, n_iter)
     about.shapes = [_shape(x, geo, n_iter, layer, input_grad)]

@@ -161,10 +161,10 @@ def digits() -> DataSet:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2020))
     held = len(labels) // 5
     test, train = order[:held], order[held:]
-    return _fixed("digits", tuple("0123456789"), (images[train], labels[train]), (images[test], labels[test]))
+    return fixed("digits", tuple("0123456789"), (images[train], labels[train]), (images[test], labels[test]))
 
 
-def _fixed(name: str, classes: tuple[str, ...], train: Labelled, test: Labelled, shifts: bool = False) -> DataSet:
+def fixed(name: str, classes: tuple[str, ...], train: Labelled, test: Labelled, shifts: bool = False) -> DataSet:
     """A data set whose epochs show the same images in another order, perhaps shifted and flipped."""
 
     def epoch(generator: torch.Generator) -> Labelled:
@@ -207,7 +207,7 @@ def from_torchvision(name: str, root: Path | None, download: bool) -> DataSet:
         images = torch.as_tensor(part.data)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         parts.append((images, torch.as_tensor(part.targets).long()))
-    return _fixed(name, tuple(map(str, part.classes)), parts[0], parts[1], shifts=name.startswith("cifar"))
+    return fixed(name, tuple(map(str, part.classes)), parts[0], parts[1], shifts=name.startswith("cifar"))
 
 
 def _torchvision_datasets() -> Any:

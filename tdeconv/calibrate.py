@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdeconv.distributed import StatisticsGroup, active, gather_and_sum
 from tdeconv.layers import FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.precision import statistics_dtype
+from tdeconv.schedule import every_step
 from tdeconv.update_stats import run
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -98,7 +99,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     names = {module: dict(module._buffers) for module in modes}
     values = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), every_step(modes, fresh=True):
             yield
     finally:
         for module, training in modes.items():

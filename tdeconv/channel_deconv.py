@@ -15,9 +15,10 @@ from tdeconv import checks, distributed, running, tracing, transforms
 from tdeconv.functional import inverse_sqrt
 from tdeconv.precision import no_autocast, statistics_dtype
 from tdeconv.products import product
+from tdeconv.schedule import Scheduled, recomputing
 
 
-class ChannelDeconv(running.Averaging):
+class ChannelDeconv(Scheduled):
     """Whiten an activation's channels.
 
     The first ``c = floor(C / block) * block`` channels are one ``(block, -1)`` matrix (channel ``ch`` is feature
@@ -31,6 +32,7 @@ class ChannelDeconv(running.Averaging):
         momentum: share of the batch's statistics in the running ones, in [0, 1]; the first batch's replace them. None
             makes these the plain average of all batches.
         sampling_stride: the statistics take every ``sampling_stride**2``-th value of a row, where H and W allow it.
+        stats_interval: as in :class:`tdeconv.FastDeconv`.
         backend: see :func:`tdeconv.use_backend`.
         device, dtype: of the buffers.
 
@@ -40,7 +42,8 @@ class ChannelDeconv(running.Averaging):
     Buffers:
         running_mean1 ``(block, 1)``, running_deconv ``(block, block)``: of the whitened channels.
         running_mean2 ``(1, 1)``, running_var ``(1, 1)``: of the remaining ones.
-        num_batches_tracked: training batches seen.
+        num_batches_tracked: batches in the running statistics.
+        num_steps: training steps seen, only with a ``stats_interval``.
         num_updates: ``(2)``, batches in the running statistics of the whitened channels and of the remaining ones, only
             with ``momentum=None``.
 
@@ -54,8 +57,10 @@ class ChannelDeconv(running.Averaging):
     running_mean2: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    num_steps: Tensor
     _version = 2
     _averages = 2
+    _counter = "num_steps"  # num_batches_tracked counts batches that told something: the first replaces the buffers
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class ChannelDeconv(running.Averaging):
         momentum: float | None = 0.1,
         sampling_stride: int = 3,
         *,
+        stats_interval: int = 1,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -80,7 +86,7 @@ class ChannelDeconv(running.Averaging):
         self.register_buffer("running_mean2", torch.empty(1, 1, **kind))
         self.register_buffer("running_var", torch.empty(1, 1, **kind))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
-        self.momentum = momentum
+        self.momentum, self.stats_interval = momentum, stats_interval
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
@@ -90,6 +96,7 @@ class ChannelDeconv(running.Averaging):
                 zero.zero_()
             self.running_deconv.diagonal().fill_(1)
             self.running_var.fill_(1)
+        self._follow()
 
     def reset_parameters(self) -> None:
         """Reset the running statistics; there are no parameters."""
@@ -150,7 +157,7 @@ class ChannelDeconv(running.Averaging):
         if self.momentum is None:
             shares = running.average_share(self.num_updates, statistics[0].dtype)
         else:
-            shares = torch.where(count == 0, torch.ones_like(statistics[-1]), self.momentum).expand(2, 1)
+            shares = torch.where(count == 0, torch.ones_like(statistics[-1]), self._share()).expand(2, 1)
         parts = zip((slice(0, 2), slice(2, 4)), shares, news, strict=True)
         made = torch.stack([running.update_(buffers[at], statistics[at], share, counts) for at, share, counts in parts])
         count.add_(made[0])
@@ -180,19 +187,26 @@ class ChannelDeconv(running.Averaging):
         checks.same_home(x, **dict(self.named_buffers()))
         image = x if x.ndim == 4 else x[:, :, None, None]
         c = channels // self.block * self.block
-        group = distributed.active(self.process_group) if self.training else None
+        fresh = self.training and self._takes_statistics(x)
+        group = distributed.active(self.process_group) if fresh else None
         with no_autocast(x.device.type):
-            if self.training and (x.numel() > 0 or group is not None):
+            if self.training:
                 transforms.no_vmap_in_training()
+            if fresh and (x.numel() > 0 or group is not None):
                 statistics, news = self._statistics(image, c, group)
-                self._update(statistics, news)
+                if not recomputing():
+                    self._update(statistics, news)
             else:
                 work, keep = statistics_dtype(x.dtype), torch.is_grad_enabled() or torch.jit.is_tracing()
                 statistics = [(b.clone() if keep else b).to(work) for b in self._buffers_averaged()]
-            return self._apply_statistics(image, c, *statistics).reshape(x.shape)
+            y = self._apply_statistics(image, c, *statistics).reshape(x.shape)
+        if self.training:
+            self._count_step()
+        return y
 
     def extra_repr(self) -> str:
+        extra = f", stats_interval={self.stats_interval}" if self.stats_interval != 1 else ""
         return (
             f"block={self.block}, eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}, "
-            f"sampling_stride={self.sampling_stride}"
+            f"sampling_stride={self.sampling_stride}{extra}"
         )

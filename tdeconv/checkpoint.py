@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the recomputation sees the statistics its forward saw, and leaves none of its own."""
+"""Gradient checkpointing: the recomputation is the kind of step its forward was, and sees the statistics it saw."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from tdeconv.schedule import Scheduled
+
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def checkpoint_contexts(module: nn.Module) -> Callable[[], Contexts]:
-    """What to pass ``torch.utils.checkpoint.checkpoint`` as ``context_fn``, so that statistics are counted once.
+    """What to pass ``torch.utils.checkpoint.checkpoint`` as ``context_fn``, so that every recomputation is exact.
 
     ::
 
         y = checkpoint(block, x, use_reentrant=False, context_fn=tdeconv.checkpoint_contexts(block))
 
-    Backward runs a checkpointed module's forward a second time. Without this, that updates the running statistics
-    again with the same batch, and a freezing layer counts the step twice, so that its recomputation may use other
-    statistics than its forward did. With it, the layers' buffers have the values of the forward's beginning while it is
-    recomputed, and get back what they had. The gradients are those without checkpointing.
+    Backward runs a checkpointed module's forward a second time. That neither updates running statistics nor counts as a
+    step, but without this it is taken for the same kind of step (``freeze``, ``stats_interval``) as the layer's last
+    forward was, and reads the running statistics as they are by then. Where there are several forwards before a
+    backward, these may be another's. With this, the layers' buffers have the values of the forward's beginning while it
+    is recomputed, and get back what they had. The gradients are those without checkpointing.
 
-    Within ``torch.compile`` the call is the same. A recomputation never writes there, but it reads the buffers after
-    they were written: without this, a freezing layer's gradients can be wrong where a phase ends. Other modules'
-    buffers (batch norm's) are not covered.
+    Within ``torch.compile`` the call is the same. A recomputation never writes there, but it would read the running
+    statistics after they were written: with this, a step that uses them keeps its own. Other modules' buffers (batch
+    norm's) are not covered.
 
     Args:
         module: what is checkpointed, or any module that holds all of its deconvolution layers. A compiled one will do.
@@ -43,15 +46,17 @@ def checkpoint_contexts(module: nn.Module) -> Callable[[], Contexts]:
     return functools.partial(_contexts, module)
 
 
-def _save_counters(_: Any, __: Any, *args: Any, **___: Any) -> CheckpointPolicy:
-    """Recompute everything but what follows from a step counter, which has gone on by the time of the backward."""
-    if any(isinstance(a, Tensor) and a.ndim == 0 and not a.is_floating_point() for a in args):
+def _save_buffers(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """Recompute everything but what comes of running statistics or of a counter, which are others by the time of the
+    backward."""
+    counted = any(isinstance(a, Tensor) and a.ndim == 0 and not a.is_floating_point() for a in args)
+    if counted or operator is torch.ops.tdeconv.constants.default:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _compiled_contexts() -> Contexts:
-    return create_selective_checkpoint_contexts(_save_counters)
+    return create_selective_checkpoint_contexts(_save_buffers)
 
 
 def _contexts(module: nn.Module) -> Contexts:
@@ -61,9 +66,13 @@ def _contexts(module: nn.Module) -> Contexts:
     return forward, _Return(module, forward)
 
 
-def _buffers(module: nn.Module) -> list[Tensor]:
-    """Those of its deconvolution layers, as they are now: conversion replaces layers, a change of dtype buffers."""
-    layers = [layer for layer in module.modules() if hasattr(layer, "running_deconv")]
+def _layers(module: nn.Module) -> list[Scheduled]:
+    """Those of today: conversion replaces layers."""
+    return [layer for layer in module.modules() if isinstance(layer, Scheduled)]
+
+
+def _buffers(layers: list[Scheduled]) -> list[Tensor]:
+    """Those of today: a change of dtype replaces them."""
     return [b for layer in layers for b in layer.buffers(recurse=False)]
 
 
@@ -77,14 +86,21 @@ def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
         buffer.copy_(value)
 
 
+def _go(layers: list[Scheduled], places: list[Any]) -> None:
+    """To these places in the schedules: the next step's, which a compiled layer goes by, and the next recomputation's."""
+    for layer, both in zip(layers, places, strict=True):
+        layer._places, layer._replayed = both
+
+
 class _Remember(AbstractContextManager[None]):
-    """The forward: keeps what the buffers were at its beginning."""
+    """The forward: keeps what the buffers and the places in the schedules were at its beginning."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __enter__(self) -> None:
-        self.values = _copies(_buffers(self.module))
+        layers = _layers(self.module)
+        self.places, self.values = [(layer._places, layer._places) for layer in layers], _copies(_buffers(layers))
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -97,9 +113,13 @@ class _Return(AbstractContextManager[None]):
         self.module, self.forward = module, forward
 
     def __enter__(self) -> None:
-        self.buffers = _buffers(self.module)
-        self.present = _copies(self.buffers)
+        self.layers = _layers(self.module)
+        self.buffers = _buffers(self.layers)
+        self.places = [(layer._places, layer._replayed) for layer in self.layers]
+        self.values = _copies(self.buffers)
         _fill(self.buffers, self.forward.values)
+        _go(self.layers, self.forward.places)
 
     def __exit__(self, *_: object) -> None:
-        _fill(self.buffers, self.present)
+        _fill(self.buffers, self.values)
+        _go(self.layers, self.places)

@@ -104,12 +104,13 @@ def grouping(value: Any) -> str:
 
 def options(
     eps: Any, n_iter: Any, momentum: Any, block: Any, sampling_stride: Any = 1
-) -> tuple[float, int, float | None, int, int]:
-    """The options that all layers and whole-layer functions share, in Python's own numbers; a momentum may be None."""
+) -> tuple[float, int, Any, int, int]:
+    """The options that all layers and whole-layer functions share, in Python's own numbers; a momentum may be None, or
+    a tensor, which is not read."""
     return (
         positive_number("eps", eps),
         positive_int("n_iter", n_iter),
-        None if momentum is None else fraction("momentum", momentum),
+        momentum if momentum is None or isinstance(momentum, Tensor) else fraction("momentum", momentum),
         positive_int("block", block),
         positive_int("sampling_stride", sampling_stride),
     )
@@ -176,18 +177,25 @@ def running(mean: Tensor | None, deconv: Tensor | None, geo: Geometry, training:
         raise ValueError("running_mean and running_deconv go together: give both or neither")
     if mean is None or deconv is None:
         if not training:
-            raise ValueError("training=False and frozen need running_mean and running_deconv, got None")
+            raise ValueError("training=False and stale steps need running_mean and running_deconv, got None")
         return
     d = geo.features
     shape("running_mean", mean, (geo.groups * d,))
     shape("running_deconv", deconv, (d, d) if geo.groups == 1 else (geo.groups, d, d))
 
 
-def frozen(value: Any) -> None:
-    """The flag that makes a training step use the running statistics."""
-    if value is not None and not (isinstance(value, Tensor) and value.dtype == torch.bool and value.ndim == 0):
-        came = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"frozen must be a 0-d bool tensor or None, got {came}")
+def interval(stats_interval: Any, step: Any) -> tuple[int, int]:
+    """Statistics every few steps: the interval, and how many training steps came before."""
+    stats_interval = positive_int("stats_interval", stats_interval)
+    if stats_interval > 1 and step is None:
+        raise ValueError(f"stats_interval={stats_interval} needs step, the number of training steps before; got None")
+    return stats_interval, positive_int("step", 0 if step is None else step, least=0)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
 
 
 def num_updates(value: Any, geo: Geometry) -> None:

@@ -49,6 +49,7 @@ def convert_deconv(
     n_iter: int = 5,
     first_n_iter: int | None = None,
     freeze_first: bool = True,
+    stats_interval: int = 1,
     linear: bool = False,
     block_fc: int = 512,
     exclude: Iterable[str | type[nn.Module]] = (),
@@ -106,6 +107,9 @@ def convert_deconv(
         n_iter: Newton-Schulz steps; at most 3 in group convolutions and 1 in depthwise ones, as in the paper.
         first_n_iter: those of the convolutions that see the model's input.
         freeze_first: whether these freeze their statistics (``freeze`` of :class:`tdeconv.FastDeconv`).
+        stats_interval: behind the first 20 training steps the layers take statistics in every ``stats_interval``-th
+            only (see :class:`tdeconv.FastDeconv`), and a step between is cheaper than one of batch norm. 1 is the
+            paper's method.
         linear: convert every ``nn.Linear`` into a :class:`tdeconv.Delinear` too. Its docs say what to mind before
             quantising such a model or adding adapters (LoRA) to it.
         block_fc: features that a :class:`tdeconv.Delinear` whitens together.
@@ -139,7 +143,14 @@ def convert_deconv(
     )
     blocks = _blocks(model, rules["block"], _RECIPES[recipe]["block"])
     options = replacements.Options(
-        sampling_stride, rules["samples_per_feature"], n_iter, rules["first_n_iter"], freeze_first, block_fc, backend
+        sampling_stride,
+        rules["samples_per_feature"],
+        n_iter,
+        rules["first_n_iter"],
+        freeze_first,
+        stats_interval,
+        block_fc,
+        backend,
     )
     options.check()
     excluded = _excluded(model, exclude)

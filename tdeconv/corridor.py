@@ -3,6 +3,8 @@
 A backend is a module with four stages and their gradients; ``torch_backend`` is one. The order of the backward is
 what saves memory: the convolution's input gradient comes first, and the moments' gradient is added into it in place,
 so that no second tensor of the input's size exists. Nothing of the input's size is kept from forward but the input.
+
+A stale step, whose statistics are constants, is the second half of that, forward and backward: fold and convolve.
 """
 
 from __future__ import annotations
@@ -10,11 +12,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
-from tdeconv.precision import statistics_dtype
 from tdeconv.products import exact_products
 from tdeconv.running import tells
 
@@ -74,40 +74,34 @@ class Saved(NamedTuple):
     spectrum: Tensor
 
 
-class Frozen(NamedTuple):
-    """Statistics to use instead of the batch's wherever ``flag`` (a 0-d bool tensor) is true."""
-
-    flag: Tensor
-    mean: Tensor
-    deconv: Tensor
-
-
 def forward(
     stages: Stages,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    frozen: Frozen | None,
     geo: Geometry,
     eps: float,
     n_iter: int,
 ) -> tuple[Tensor, Saved, Tensor]:
-    """The layer in training: the output, the rest of the forward, which running statistics are to count it ``(b)``."""
+    """A fresh step: the output, the rest of the forward, which running statistics are to count it ``(b)``."""
     with exact_products():
-        if frozen is not None and frozen.flag:
-            mean, deconv = _batched(frozen, statistics_dtype(x.dtype), geo)
-            basis, spectrum = stages.inverse_sqrt_saved(deconv, n_iter)
-            news = torch.zeros(geo.groups, dtype=torch.bool, device=x.device)
-        else:
-            mean, cov = stages.patch_moments(x, geo)
-            news = tells(mean, cov)
-            cov.diagonal(dim1=-2, dim2=-1).add_(eps)
-            deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
+        mean, cov = stages.patch_moments(x, geo)
+        news = tells(mean, cov)
+        cov.diagonal(dim1=-2, dim2=-1).add_(eps)
+        deconv, basis, spectrum = stages.inverse_sqrt(cov, n_iter)
+    y, folded = stale_forward(stages, x, weight, bias, mean, deconv, geo)
+    return y, Saved(mean, deconv, folded, basis, spectrum), news
+
+
+def stale_forward(
+    stages: Stages, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry
+) -> tuple[Tensor, Tensor]:
+    """With statistics ``(b, D)`` and ``(b, D, D)`` that are there already: the output and the folded weight."""
+    with exact_products():
         folded, shift = stages.fold(weight, bias, mean, deconv, geo)
     folded, shift = folded.to(x.dtype), shift.to(x.dtype)
     with _convolving(geo):
-        y = stages.convolve(x, folded, shift, geo)
-    return y, Saved(mean, deconv, folded, basis, spectrum), news
+        return stages.convolve(x, folded, shift, geo), folded
 
 
 def _convolving(geo: Geometry) -> AbstractContextManager[Any]:
@@ -116,34 +110,58 @@ def _convolving(geo: Geometry) -> AbstractContextManager[Any]:
     return exact_products() if geo.kernel_size else nullcontext()
 
 
-def _batched(frozen: Frozen, dtype: torch.dtype, geo: Geometry) -> tuple[Tensor, Tensor]:
-    d = geo.features
-    mean, deconv = frozen.mean.to(dtype, copy=True), frozen.deconv.to(dtype, copy=True)
-    return mean.view(geo.groups, d), deconv.view(geo.groups, d, d)
-
-
 def backward(
     stages: Stages,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
     saved: Saved,
-    frozen: Tensor | None,
     geo: Geometry,
     n_iter: int,
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of the input (None unless needed), the weight and the bias; ``frozen`` as the forward's flag was."""
-    with _convolving(geo):
-        grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, saved.folded, geo, need_x)
-    stat = saved.mean.dtype
-    grad_folded, grad_bias = grad_folded.to(stat), grad_bias.to(stat)
-    through_statistics = need_x and not (frozen is not None and frozen)
-    with exact_products():
-        grad_weight, grad_mean, grad_deconv = stages.fold_backward(
-            grad_folded, grad_bias, weight, saved.mean, saved.deconv, geo, through_statistics
-        )
-        if grad_x is not None and grad_mean is not None and grad_deconv is not None:
+    """Gradients of the input (None unless needed), the weight and the bias."""
+    grad_x, grad_weight, grad_bias, grad_mean, grad_deconv = _before_statistics(
+        stages, grad, x, weight, saved.mean, saved.deconv, saved.folded, geo, need_x, need_x
+    )
+    if grad_x is not None and grad_mean is not None and grad_deconv is not None:
+        with exact_products():
             grad_cov = stages.inverse_sqrt_backward(grad_deconv, saved.basis, saved.spectrum, n_iter)
             stages.patch_moments_backward_(grad_x, x, saved.mean, grad_mean, grad_cov, geo)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def stale_backward(
+    stages: Stages,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deconv: Tensor,
+    folded: Tensor,
+    geo: Geometry,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients as those of :func:`backward`; none goes through the statistics."""
+    return _before_statistics(stages, grad, x, weight, mean, deconv, folded, geo, need_x, False)[:3]
+
+
+def _before_statistics(
+    stages: Stages,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deconv: Tensor,
+    folded: Tensor,
+    geo: Geometry,
+    need_x: bool,
+    need_statistics: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Back through convolution and fold: gradients of the input, the weight, the bias, the mean and the root."""
+    with _convolving(geo):
+        grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, folded, geo, need_x)
+    grad_folded, grad_bias = grad_folded.to(mean.dtype), grad_bias.to(mean.dtype)
+    with exact_products():
+        grad_weight, *grads = stages.fold_backward(grad_folded, grad_bias, weight, mean, deconv, geo, need_statistics)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *grads

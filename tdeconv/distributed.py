@@ -38,11 +38,12 @@ def convert_sync_deconv(module: Module, process_group: Any = None) -> Module:
 
     Every rank updates its running statistics by the same values. So ``DistributedDataParallel`` need not broadcast
     them before each step: ``forward_sync_buffers=False`` (``broadcast_buffers=False`` in older versions of torch).
-    With ``no_sync`` the statistics are still those of all ranks, of each micro-batch. Evaluation, the frozen steps of a
-    freezing layer (unless compiled) and a group of one process communicate nothing.
+    With ``no_sync`` the statistics are still those of all ranks, of each micro-batch. Evaluation, steps that take no
+    statistics (``freeze``, ``stats_interval``) and a group of one process communicate nothing.
 
     Every rank of the group has to call this, with the same layers, and then to run them in the same order and mode;
-    where one does not, the others wait for it until the process group's timeout. A layer with a 1x1 kernel samples
+    where one does not, the others wait for it until the process group's timeout. So that all take statistics in the
+    same steps, their counts of steps become those of the group's first rank, which may have loaded a checkpoint. A layer with a 1x1 kernel samples
     every k-th pixel of each rank's batch from that rank's first one on, as does :class:`tdeconv.ChannelDeconv`.
 
     Args:
@@ -59,9 +60,10 @@ def convert_sync_deconv(module: Module, process_group: Any = None) -> Module:
     """
     group = StatisticsGroup.of(process_group)
     layers = [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "running_deconv")]
-    _check_agreement([_describe(name, layer) for name, layer in layers], group, process_group)
-    for _, layer in layers:
+    steps = _check_agreement([_describe(name, layer) for name, layer in layers], layers, group, process_group)
+    for (_, layer), step in zip(layers, steps, strict=True):
         layer.process_group = group
+        layer._set_steps(step)
     return module
 
 
@@ -111,13 +113,18 @@ def _describe(name: str, layer: nn.Module) -> tuple[Any, ...]:
     deconv = layer.running_deconv
     assert isinstance(deconv, Tensor)
     freeze = layer.freeze_iter if getattr(layer, "freeze", False) else None
-    return name, type(layer).__name__, tuple(deconv.shape), str(deconv.dtype), freeze
+    return name, type(layer).__name__, tuple(deconv.shape), str(deconv.dtype), freeze, layer.stats_interval
 
 
-def _check_agreement(layers: list[tuple[Any, ...]], group: StatisticsGroup, process_group: Any) -> None:
-    """Compare the layers of all ranks once, here: a layer's sizes never change, so that no later step has to."""
-    everyone: list[Any] = [None] * group.size
-    dist.all_gather_object(everyone, layers, process_group)
+def _check_agreement(
+    mine: list[tuple[Any, ...]], layers: list[tuple[str, Any]], group: StatisticsGroup, process_group: Any
+) -> list[int]:
+    """Compare the layers of all ranks once, here: a layer's sizes never change, so that no later step has to. Returns
+    how many steps each layer of the first rank has counted."""
+    gathered: list[Any] = [None] * group.size
+    steps = [0 if layer._steps is None else int(layer._steps) for _, layer in layers]
+    dist.all_gather_object(gathered, (mine, steps), process_group)
+    everyone = [theirs for theirs, _ in gathered]
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             longest = max(len(theirs), len(everyone[0]))
@@ -125,8 +132,11 @@ def _check_agreement(layers: list[tuple[Any, ...]], group: StatisticsGroup, proc
             first, other = next(pair for pair in pairs if pair[0] != pair[1])
             raise ValueError(
                 "module must have the same deconvolution layers on all ranks, but (name, type, shape of "
-                f"running_deconv, dtype, freeze_iter) is {first} on rank 0 and {other} on rank {rank} of the group"
+                f"running_deconv, dtype, freeze_iter, stats_interval) is {first} on rank 0 and {other} on rank {rank} "
+                "of the group"
             )
+    first_steps: list[int] = gathered[0][1]
+    return first_steps
 
 
 def active(group: StatisticsGroup | None) -> StatisticsGroup | None:
@@ -210,23 +220,22 @@ def deconvolve(
     weight: Tensor,
     bias: Tensor | None,
     running: tuple[Tensor, Tensor] | None,
-    frozen: Tensor | None,
     geo: Geometry,
     eps: float,
     n_iter: int,
     backend: str,
     group: StatisticsGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The layer in training: ``(y, mean (b, D), deconv (b, D, D), news (b))``, as :func:`reference.deconvolve`.
+    """A fresh step: ``(y, mean (b, D), deconv (b, D, D), news (b))``, as :func:`reference.deconvolve`.
 
-    Where ``frozen``, and where the batches of all ranks are empty, the statistics are the running ones.
+    Where the batches of all ranks are empty, the statistics are the running ones.
     """
     mean, cov, total = patch_moments(x, geo, backend, group)
     news = tells(mean, cov)
     cov = cov + eps * torch.eye(geo.features, dtype=cov.dtype, device=cov.device)
     root = reference.inverse_sqrt(cov, n_iter) if backend == "reference" else ops.inverse_sqrt(cov, n_iter, backend)[0]
     if running is not None:
-        keep = total == 0 if frozen is None else (total == 0) | frozen
+        keep = total == 0
         pairs = zip(running, (mean, root), strict=True)
         mean, root = (torch.where(keep, old.to(new.dtype).reshape(new.shape), new) for old, new in pairs)
         news = news & ~keep

@@ -16,12 +16,15 @@ from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 def explain(layer: nn.Module, x: Tensor) -> str:
     """Say which backend a layer would run ``x`` on in training, how each stage would be done, and why.
 
+    The stages are those of a step that takes statistics, whichever kind the next step is.
+
     Args:
         layer: a deconvolution layer.
         x: an input it accepts, with a batch axis (its values are not read).
 
     Returns:
-        Text: the backend and the reason for it, then a line for each stage.
+        Text: the backend and the reason for it; in which steps statistics are taken, if not in all; a line for each
+        stage.
 
     Raises:
         TypeError: the layer is none of tdeconv's.
@@ -31,8 +34,10 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         raise TypeError(f"layer must be one of tdeconv's deconvolution layers, got {type(layer).__name__}")
     choice = choose(layer.backend, x.device)
     lines = [f"{type(layer).__name__}: backend {choice.backend!r} ({choice.reason})"]
+    if layer._places:
+        lines.append(f"  {layer.describe_schedule()}")
     if isinstance(layer, ChannelDeconv):
-        return lines[0]
+        return "\n".join(lines)
     x, geo, n_iter = layer.in_training(x)
     lines.append(f"  samples: {_samples(geo, x)}; Newton-Schulz steps: {n_iter}{_why(layer, geo, n_iter)}")
     if choice.backend != "reference":

@@ -1,7 +1,7 @@
 """What the operators cost, for ``torch.utils.flop_counter``: as much as it counts of the reference's own operations.
 
 That is so whichever backend runs, and whatever it does instead (an eigendecomposition, Winograd's products), so that
-the numbers of two machines agree. A frozen step counts as any other: the reference takes statistics then, too.
+the numbers of two machines agree.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _fold(weight: Shape, geo: Geometry) -> int:
 def _deconvolve(*, x: Shape, weight: Shape, geometry: list[int], n_iter: int, out: Sequence[Shape], **_: Any) -> int:
     geo = Geometry.unpack(geometry)
     statistics = _moments(x, geo) + _root((geo.groups, geo.features, geo.features), n_iter)
-    return statistics + _fold(weight, geo) + int(import_module(COUNTER).conv_flop_count(x, weight, out[0]))
+    return statistics + _stale(x=x, weight=weight, geometry=geometry, out=out)
 
 
 def _deconvolve_backward(
@@ -66,15 +66,24 @@ def _deconvolve_backward(
     out: Sequence[Shape],
     **_: Any,
 ) -> int:
+    geo = Geometry.unpack(geometry)
+    stale = _stale_backward(grad=grad, x=x, weight=weight, geometry=geometry, need_x=need_x, out=out)
+    return stale + (_fold(weight, geo) + 2 * _moments(x, geo) + _root_backward(deconv, n_iter) if need_x else 0)
+
+
+def _stale(*, x: Shape, weight: Shape, geometry: list[int], out: Sequence[Shape], **_: Any) -> int:
+    return _fold(weight, Geometry.unpack(geometry)) + int(import_module(COUNTER).conv_flop_count(x, weight, out[0]))
+
+
+def _stale_backward(
+    *, grad: Shape, x: Shape, weight: Shape, geometry: list[int], need_x: bool, out: Sequence[Shape], **_: Any
+) -> int:
     geo, mask = Geometry.unpack(geometry), [need_x, True, True]
     # torch's own, which takes a grouped weight's gradient for a dense one
     convolution = import_module(COUNTER).conv_backward_flop(
         grad, x, weight, None, None, None, None, False, None, geo.groups, mask, out_val=out
     )
-    if not need_x:
-        return int(convolution) + _fold(weight, geo)
-    statistics = 2 * _moments(x, geo) + _root_backward(deconv, n_iter)
-    return int(convolution) + 2 * _fold(weight, geo) + statistics
+    return int(convolution) + _fold(weight, geo)
 
 
 def _patch_moments(*, x: Shape, geometry: list[int], **_: Any) -> int:
@@ -96,6 +105,8 @@ def _inverse_sqrt_backward(*, grad: Shape, n_iter: int, **_: Any) -> int:
 _FORMULAS = {
     "deconvolve": _deconvolve,
     "deconvolve_backward": _deconvolve_backward,
+    "stale_deconvolve": _stale,
+    "stale_deconvolve_backward": _stale_backward,
     "patch_moments": _patch_moments,
     "patch_moments_backward": _patch_moments_backward,
     "inverse_sqrt": _inverse_sqrt,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdeconv import checks, distributed, ops, reference, running, tracing, transforms
+from tdeconv import checks, distributed, ops, reference, running, schedule, tracing, transforms
 from tdeconv.backends import choose
 from tdeconv.geometry import Geometry, resolve_block
 from tdeconv.precision import compute_dtype, no_autocast, statistics_dtype
@@ -179,12 +179,14 @@ def fast_deconv(
     groups: int = 1,
     eps: float = 1e-5,
     n_iter: int = 5,
-    momentum: float | None = 0.1,
+    momentum: float | Tensor | None = 0.1,
     block: int = 64,
     sampling_stride: int = 3,
     samples_per_feature: int = 0,
     grouping: str = "interleaved",
-    frozen: Tensor | None = None,
+    stats_interval: int = 1,
+    step: int | None = None,
+    stale: bool = False,
     num_updates: Tensor | None = None,
     backend: str | None = None,
     process_group: distributed.StatisticsGroup | None = None,
@@ -202,16 +204,19 @@ def fast_deconv(
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding in ints.
         eps: added to the covariance's diagonal.
         n_iter: Newton-Schulz steps.
-        momentum: share of the new statistics in the running ones; None makes these the plain average of all batches,
-            which takes ``num_updates``.
+        momentum: share of the new statistics in the running ones, a number or a 0-d tensor, which is not read; None
+            makes these the plain average of all batches, which takes ``num_updates``.
         block: channels whitened together, cut down to a divisor of C.
         sampling_stride: patches are sampled at every ``sampling_stride * stride``-th position.
         samples_per_feature: where that leaves a covariance fewer than this many samples for each of its features, a
             training step samples more, up to all patches; and where samples are still few, it takes fewer
             Newton-Schulz steps (see :class:`tdeconv.FastDeconv`). 0, as in the paper, does neither.
         grouping: ``"interleaved"`` or ``"contiguous"``.
-        frozen: a 0-d bool tensor; where true, a training step uses the running statistics and leaves them as they are
-            (a tensor, so that a compiled graph holds both).
+        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, in which
+            ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
+        step: how many training steps came before this one.
+        stale: whether a training step uses the running statistics, as constants, and leaves them as they are, whatever
+            ``step`` says.
         num_updates: ``(groups)`` ints, updated in place: how many batches each covariance's running values are of. Only
             read with ``momentum=None``.
         backend: see :func:`tdeconv.use_backend`.
@@ -242,7 +247,8 @@ def fast_deconv(
     geo = convolution_geometry(
         batch, sizes(weight)[2:], stride, padding, dilation, groups, block, grouping, sampling_stride
     )
-    if training:
+    stale, momentum = _kind(training, stats_interval, step, stale, momentum)
+    if training and not stale:
         geo, n_iter = sampled(geo, n_iter, batch, samples_per_feature, process_group)
     y = _layer(
         batch,
@@ -257,7 +263,7 @@ def fast_deconv(
         momentum,
         backend,
         process_group,
-        frozen,
+        stale,
         num_updates,
     )
     return y if batch is x else y.squeeze(0)
@@ -274,8 +280,11 @@ def delinear(
     training: bool,
     eps: float = 1e-5,
     n_iter: int = 5,
-    momentum: float | None = 0.1,
+    momentum: float | Tensor | None = 0.1,
     block: int = 512,
+    stats_interval: int = 1,
+    step: int | None = None,
+    stale: bool = False,
     num_updates: Tensor | None = None,
     backend: str | None = None,
     process_group: distributed.StatisticsGroup | None = None,
@@ -288,7 +297,8 @@ def delinear(
         bias: ``(O)`` or None.
         running_mean: ``(D)`` with D the block cut down to a divisor of C; None in training keeps no statistics.
         running_deconv: ``(D, D)``; likewise.
-        training, eps, n_iter, momentum, block, num_updates, backend, process_group: as in :func:`fast_deconv`.
+        training, eps, n_iter, momentum, block, stats_interval, step, stale, num_updates, backend, process_group: as in
+            :func:`fast_deconv`.
 
     Returns:
         ``(..., O)`` in x's dtype, or autocast's.
@@ -307,6 +317,7 @@ def delinear(
     rows = x.reshape(-1, features)
     checks.weight_of(weight, rows, bias, 1)
     geo = linear_geometry(features, block)
+    stale, momentum = _kind(training, stats_interval, step, stale, momentum)
     y = _layer(
         rows,
         weight,
@@ -320,7 +331,8 @@ def delinear(
         momentum,
         backend,
         process_group,
-        num_updates=num_updates,
+        stale,
+        num_updates,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -377,6 +389,17 @@ def sampled(
     return geo, geo.steps_enough(x.shape[0], spatial, n_iter) if ranks == 1 else n_iter
 
 
+def _kind(
+    training: bool, stats_interval: int, step: int | None, stale: bool, momentum: float | Tensor | None
+) -> tuple[bool, float | Tensor | None]:
+    """Whether it is a stale step, and the momentum of a fresh one."""
+    interval, before = checks.interval(stats_interval, step)
+    stale = checks.flag("stale", stale) or not schedule.is_fresh(before, interval)
+    if interval > 1 and isinstance(momentum, float) and before >= schedule.WARM_UP:
+        momentum = schedule.of_interval(momentum, interval)
+    return training and stale, momentum
+
+
 def _layer(
     x: Tensor,
     weight: Tensor,
@@ -387,48 +410,47 @@ def _layer(
     geo: Geometry,
     eps: float,
     n_iter: int,
-    momentum: float | None,
+    momentum: float | Tensor | None,
     backend: str | None,
     process_group: distributed.StatisticsGroup | None,
-    frozen: Tensor | None = None,
-    num_updates: Tensor | None = None,
+    stale: bool,
+    num_updates: Tensor | None,
 ) -> Tensor:
-    """Any layer, arguments checked: statistics of the batch in training, else the running ones."""
+    """Any layer, arguments checked: statistics of the batch in a fresh training step, else the running ones."""
     tracing.no_training_step(training)
-    checks.frozen(frozen)
+    fresh = training and not stale
     checks.same_home(
         x,
         weight=weight,
         bias=bias,
         running_mean=running_mean,
         running_deconv=running_deconv,
-        frozen=frozen,
         num_updates=num_updates,
     )
-    checks.running(running_mean, running_deconv, geo, training and frozen is None)
-    if training and momentum is None and running_mean is not None:
+    checks.running(running_mean, running_deconv, geo, fresh)
+    if fresh and momentum is None and running_mean is not None:
         checks.num_updates(num_updates, geo)
     device, autocast = x.device.type, compute_dtype(x)
     if autocast is None:
         checks.same_dtype(x, weight=weight, bias=bias)
     choice, dtype = choose(backend, x.device), autocast or x.dtype
-    group = distributed.active(process_group) if training else None
+    group = distributed.active(process_group) if fresh else None
     with no_autocast(device):
         x = x.to(_convolution_dtype(dtype, device))
-        if not training or _needs_no_statistics(x, frozen, group):
+        if not training or (x.shape[0] == 0 and group is None):
             return _with_running(x, weight, bias, running_mean, running_deconv, geo).to(dtype)
         name = transforms.backend_for(choice)
         transforms.no_vmap_in_training()
         kept = None if running_mean is None or running_deconv is None else (running_mean, running_deconv)
+        if stale and kept is not None:
+            return _stale(x, weight, bias, *kept, geo, name).to(dtype)
         if group is not None:
-            y, *new, news = distributed.deconvolve(x, weight, bias, kept, frozen, geo, eps, n_iter, name, group)
+            y, *new, news = distributed.deconvolve(x, weight, bias, kept, geo, eps, n_iter, name, group)
         elif name == "reference":
-            still = None if frozen is None or kept is None else (frozen, *kept)
-            y, *new, news = reference.deconvolve(x, weight, bias, geo, eps, n_iter, still)
+            y, *new, news = reference.deconvolve(x, weight, bias, geo, eps, n_iter)
         else:
-            old = (None, None) if frozen is None or kept is None else kept
-            y, *new, _, _, _, news = ops.deconvolve(x, weight, bias, *old, frozen, geo.pack(), eps, n_iter, name)
-        if kept is None or _is_frozen(frozen):
+            y, *new, _, _, _, news = ops.deconvolve(x, weight, bias, geo.pack(), eps, n_iter, name)
+        if kept is None or schedule.recomputing():
             return y.to(dtype)
         if momentum is not None:
             running.update_(kept, new, momentum, news)
@@ -437,16 +459,14 @@ def _layer(
     return y.to(dtype)
 
 
-def _needs_no_statistics(x: Tensor, frozen: Tensor | None, group: distributed.StatisticsGroup | None) -> bool:
-    """A training step that takes no statistics of its own: of no images, or of a frozen layer on many processes, which
-    spare the collective (but not in a compiled graph, which holds both). Other backends look at ``frozen`` themselves.
-    """
-    return x.shape[0] == 0 if group is None else _is_frozen(frozen)
-
-
-def _is_frozen(frozen: Tensor | None) -> bool:
-    """Whether it is known to be a frozen step; False where ``frozen`` has no value to look at."""
-    return frozen is not None and tracing.has_value(frozen) and bool(frozen)
+def _stale(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry, name: str
+) -> Tensor:
+    """A training step with the running statistics as constants: with the reference backend, an evaluation."""
+    if name == "reference":
+        return _with_running(x, weight, bias, mean, deconv, geo)
+    statistics = ops.constants(mean, deconv, geo.pack(), statistics_dtype(x.dtype))
+    return ops.stale_deconvolve(x, weight, bias, *statistics, geo.pack(), name)[0]
 
 
 def _convolution_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -27,7 +27,10 @@ _CONVS: dict[type, Any] = {FastDeconv1d: nn.Conv1d, FastDeconv: nn.Conv2d, FastD
 _LAYERS = (*_CONVS, Delinear, ChannelDeconv)
 
 # What a call in evaluation runs of a layer itself: a subclass that overrides one of these computes something else.
-_OF_A_CALL = ("__call__", "_call_impl", "forward", "_forward", "_pad", "_buffers_averaged", "_apply_statistics")
+_OF_A_CALL = (
+    *("__call__", "_call_impl", "forward", "_forward", "_statistics_options", "_pad"),
+    *("_buffers_averaged", "_apply_statistics"),
+)
 # torch's forward pre-hooks that only compute a layer's weight or bias, anew in each call.
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 _HOOKS = (

@@ -16,16 +16,16 @@ from tdeconv import checks
 from tdeconv import functional as TF
 from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
-from tdeconv.running import Averaging
+from tdeconv.schedule import Scheduled
 
 
-class _WeightLayer(Averaging):
+class _WeightLayer(Scheduled):
     """What the layers with a weight share: a running mean and a running root."""
 
     track_running_stats = True  # as in the paper's code: an attribute; False stops the updates
     process_group: StatisticsGroup | None = None  # whose ranks' statistics these are: see convert_sync_deconv
     running_mean: Tensor
-    num_batches_tracked: Tensor  # with freeze
+    num_batches_tracked: Tensor  # with freeze, or a stats_interval
     _version = 2  # of the state_dict: the paper's code, which counts nothing in a buffer, writes 1
 
     def reset_running_stats(self) -> None:
@@ -35,6 +35,24 @@ class _WeightLayer(Averaging):
             self.running_deconv.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
             for counts in self._counts().values():
                 counts.zero_()
+        self._follow()
+
+    def _statistics_options(self, x: Tensor) -> dict[str, Any]:
+        """What the function behind a layer is told of its statistics in this step."""
+        fresh = self.training and self._takes_statistics(x)
+        keep = self.track_running_stats or not fresh
+        return {
+            "running_mean": self.running_mean if keep else None,
+            "running_deconv": self.running_deconv if keep else None,
+            "training": self.training,
+            "stale": self.training and not fresh,
+            "eps": self.eps,
+            "n_iter": self.n_iter,
+            "momentum": self._share() if fresh else None,
+            "num_updates": self._buffers.get("num_updates"),
+            "backend": self.backend,
+            "process_group": self.process_group,
+        }
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as torch's layer does, and reset the running statistics."""
@@ -69,6 +87,7 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
         padding_mode: str = "zeros",
         grouping: str = "interleaved",
         samples_per_feature: int = 0,
+        stats_interval: int = 1,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -100,7 +119,6 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
         self.eps, self.n_iter = eps, n_iter
         self.block = resolve_block(block, in_channels, groups)
         self.sampling_stride, self.samples_per_feature = sampling_stride, samples_per_feature
-        self.freeze, self.freeze_iter = bool(freeze), freeze_iter
         self.grouping = checks.grouping(grouping)
         self.backend = checks.backend(backend)
         taps = self.weight[0, 0].numel()
@@ -109,16 +127,30 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
         batch = () if groups == 1 else (groups,)
         self.register_buffer("running_mean", self.weight.new_empty(groups * self.num_features))
         self.register_buffer("running_deconv", self.weight.new_empty(batch + square))
-        if freeze:
-            steps = torch.zeros((), dtype=torch.long, device=self.weight.device)
-            self.register_buffer("num_batches_tracked", steps)
+        self._freeze, self._freeze_iter, self.stats_interval = bool(freeze), freeze_iter, stats_interval
         self._averages, self.momentum = groups, momentum
         self.reset_running_stats()
 
-    def _frozen(self) -> Tensor | None:
-        """Whether this training step of a freezing layer uses the running statistics. On the device, unread."""
-        # > and not >=: the paper's code computes them in freeze_iter + 1 steps of each round
-        return self.num_batches_tracked % (10 * self.freeze_iter) > self.freeze_iter if self.freeze else None
+    @property
+    def freeze(self) -> bool:
+        """Whether the layer takes its batch's statistics in the first part of every round of steps only. To set this or
+        ``freeze_iter`` takes effect at the next step."""
+        return self._freeze
+
+    @freeze.setter
+    def freeze(self, value: bool) -> None:
+        self._freeze = bool(value)
+        self._reschedule()
+
+    @property
+    def freeze_iter(self) -> int:
+        """A tenth of that round's steps."""
+        return self._freeze_iter
+
+    @freeze_iter.setter
+    def freeze_iter(self, value: int) -> None:
+        self._freeze_iter = checks.positive_int("freeze_iter", value)
+        self._reschedule()
 
     def _forward(self, x: Tensor) -> Tensor:
         checks.float_tensor("input", x)
@@ -129,38 +161,22 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
             )
         checks.channels(x, self.in_channels, axis=-1 - self._rank)
         x, padding = self._pad(x)
-        # an empty rank of a group keeps in step
-        counts = self.training and (x.shape[0] > 0 or self.process_group is not None)
-        frozen = self._frozen() if counts else None
-        mean: Tensor | None = self.running_mean
-        deconv: Tensor | None = self.running_deconv
-        if self.training and not self.track_running_stats:  # a freezing layer reads them still
-            mean, deconv = (None, None) if frozen is None else (self.running_mean.clone(), self.running_deconv.clone())
         y = TF.fast_deconv(
             x,
             self.weight,
             self.bias,
-            mean,
-            deconv,
-            training=self.training,
-            frozen=frozen,
+            **self._statistics_options(x),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
-            eps=self.eps,
-            n_iter=self.n_iter,
-            momentum=self.momentum,
             block=self.block,
             sampling_stride=self.sampling_stride,
             samples_per_feature=self.samples_per_feature,
             grouping=self.grouping,
-            num_updates=self._buffers.get("num_updates"),
-            backend=self.backend,
-            process_group=self.process_group,
         )
-        if frozen is not None and self.track_running_stats:  # a refused input is no step
-            self.num_batches_tracked.add_(1)
+        if self.training and self.track_running_stats:  # here, since a refused input is no step
+            self._count_step()
         return y
 
     def in_training(self, x: Tensor) -> tuple[Tensor, Geometry, int]:
@@ -202,6 +218,8 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
             extra.append(f"samples_per_feature={self.samples_per_feature}")
         if self.grouping != "interleaved":
             extra.append(f"grouping={self.grouping}")
+        if self.stats_interval != 1:
+            extra.append(f"stats_interval={self.stats_interval}")
         if self.freeze:
             extra.append(f"freeze=True, freeze_iter={self.freeze_iter}")
         if self.backend is not None:
@@ -233,7 +251,7 @@ class FastDeconv(_FastDeconvNd):
             all batches, as in torch's batch norm.
         block: channels whitened together, cut down to a divisor of ``in_channels``; all of a group's if groups > 1.
         sampling_stride: the statistics take every ``sampling_stride * stride``-th patch.
-        freeze: compute statistics only in the first ``freeze_iter + 1`` of every ``10 * freeze_iter`` training steps,
+        freeze: take statistics only in the first ``freeze_iter + 1`` of every ``10 * freeze_iter`` training steps,
             as the paper's code does, and use the running ones in the rest.
         grouping: ``"interleaved"`` (the paper's) or ``"contiguous"`` channels per covariance.
         samples_per_feature: where ``sampling_stride`` leaves a covariance fewer than this many samples for each of its
@@ -241,6 +259,9 @@ class FastDeconv(_FastDeconvNd):
             fewer than five Newton-Schulz steps: with M samples of D features at most ``log(M/D) / log(9/4)``, and at
             least one (but all of them over several processes, whose batches may differ). 0, as in the paper, does
             neither; 58 samples as many as five steps want, where there are as many.
+        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th step only, in
+            which ``momentum`` stands for as many steps, and use the running ones, as constants, in those between: a
+            fold and a convolution. 1 is the paper's method. All layers of a model should have the same.
         backend: see :func:`tdeconv.use_backend`.
 
     Shape:
@@ -249,7 +270,9 @@ class FastDeconv(_FastDeconvNd):
     Buffers:
         running_mean: ``(D)`` with ``D = block * kh * kw``, or ``(groups * D)``; starts at 0.
         running_deconv: ``(D, D)``, or ``(groups, D, D)``; starts at the identity.
-        num_batches_tracked: training steps seen, only with ``freeze``.
+        num_batches_tracked: training steps seen, only with ``freeze`` or a ``stats_interval``. It is read when it is
+            loaded and where training begins; to write it from elsewhere takes effect at the next ``train()`` behind an
+            ``eval()``.
         num_updates: ``(groups)``, batches in the running statistics, only with ``momentum=None``.
 
     Raises:
@@ -285,7 +308,7 @@ class Delinear(_WeightLayer, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
-        eps, n_iter, momentum, backend: as in :class:`FastDeconv`.
+        eps, n_iter, momentum, stats_interval, backend: as in :class:`FastDeconv`.
         block: features whitened together, cut down to a divisor of ``in_features``.
 
     Shape:
@@ -294,6 +317,7 @@ class Delinear(_WeightLayer, nn.Linear):
     Buffers:
         running_mean: ``(block)``; starts at 0.
         running_deconv: ``(block, block)``; starts at the identity.
+        num_batches_tracked: training steps seen, only with a ``stats_interval``.
         num_updates: ``(1)``, batches in the running statistics, only with ``momentum=None``.
 
     Raises:
@@ -312,6 +336,7 @@ class Delinear(_WeightLayer, nn.Linear):
         momentum: float | None = 0.1,
         block: int = 512,
         *,
+        stats_interval: int = 1,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -325,7 +350,7 @@ class Delinear(_WeightLayer, nn.Linear):
         self.backend = checks.backend(backend)
         self.register_buffer("running_mean", self.weight.new_empty(self.block))
         self.register_buffer("running_deconv", self.weight.new_empty(self.block, self.block))
-        self.momentum = momentum
+        self.momentum, self.stats_interval = momentum, stats_interval
         self.reset_running_stats()
 
     def in_training(self, x: Tensor) -> tuple[Tensor, Geometry, int]:
@@ -333,22 +358,10 @@ class Delinear(_WeightLayer, nn.Linear):
         return x.reshape(-1, self.in_features), TF.linear_geometry(self.in_features, self.block), self.n_iter
 
     def _forward(self, x: Tensor) -> Tensor:
-        track = self.track_running_stats or not self.training
-        return TF.delinear(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean if track else None,
-            self.running_deconv if track else None,
-            training=self.training,
-            eps=self.eps,
-            n_iter=self.n_iter,
-            momentum=self.momentum,
-            block=self.block,
-            num_updates=self._buffers.get("num_updates"),
-            backend=self.backend,
-            process_group=self.process_group,
-        )
+        y = TF.delinear(x, self.weight, self.bias, **self._statistics_options(x), block=self.block)
+        if self.training and self.track_running_stats:
+            self._count_step()
+        return y
 
     def extra_repr(self) -> str:
         extra = [super().extra_repr(), f"block={self.block}", f"n_iter={self.n_iter}"]
@@ -356,4 +369,6 @@ class Delinear(_WeightLayer, nn.Linear):
             extra.append(f"eps={self.eps}")
         if self.momentum != 0.1:
             extra.append(f"momentum={self.momentum}")
+        if self.stats_interval != 1:
+            extra.append(f"stats_interval={self.stats_interval}")
         return ", ".join(extra)

@@ -71,33 +71,32 @@ def deconvolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_deconv: Tensor | None,
-    frozen: Tensor | None,
     geometry: list[int],
     eps: float,
     n_iter: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    still = None
-    if frozen is not None and running_mean is not None and running_deconv is not None:
-        still = corridor.Frozen(frozen, running_mean, running_deconv)
-    y, saved, news = corridor.forward(stages(backend), x, weight, bias, still, Geometry.unpack(geometry), eps, n_iter)
+    y, saved, news = corridor.forward(stages(backend), x, weight, bias, Geometry.unpack(geometry), eps, n_iter)
     return y.contiguous(memory_format=memory_format(x, weight)), *saved, news
 
 
 @deconvolve.register_fake
-def _(x, weight, bias, running_mean, running_deconv, frozen, geometry, eps, n_iter, backend):  # type: ignore[no-untyped-def]
-    # here too: dynamo, which torch's exporter falls back on, takes the answer elsewhere for False
-    tracing.no_training_step(True)
+def _(x, weight, bias, geometry, eps, n_iter, backend):  # type: ignore[no-untyped-def]
     geo = Geometry.unpack(geometry)
-    axes = zip(x.shape[2:], geo.padding, geo.window, geo.stride, strict=True)
-    y = _empty(x, (x.shape[0], weight.shape[0], *((n + 2 * p - w) // s + 1 for n, p, w, s in axes)), x, weight)
+    y, folded = _empty_outputs(x, weight, geo)
     mean, cov = _empty_moments(x, geo)
-    o, c, *kernel = weight.shape
-    folded = _empty(x, (o, *kernel, c)).movedim(-1, 1)
     news = x.new_empty(geo.groups, dtype=torch.bool)
     return y, mean, cov, folded, *stages(backend).inverse_sqrt_saved(cov, n_iter), news
+
+
+def _empty_outputs(x: Tensor, weight: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
+    """Like the layer's output and the folded weight."""
+    # here too: dynamo, which torch's exporter falls back on, takes the answer elsewhere for False
+    tracing.no_training_step(True)
+    axes = zip(x.shape[2:], geo.padding, geo.window, geo.stride, strict=True)
+    y = _empty(x, (x.shape[0], weight.shape[0], *((n + 2 * p - w) // s + 1 for n, p, w, s in axes)), x, weight)
+    o, c, *kernel = weight.shape
+    return y, _empty(x, (o, *kernel, c)).movedim(-1, 1)
 
 
 @torch.library.custom_op("tdeconv::deconvolve_backward", mutates_args=())
@@ -111,7 +110,6 @@ def deconvolve_backward(
     folded: Tensor,
     basis: Tensor,
     spectrum: Tensor,
-    frozen: Tensor | None,
     geometry: list[int],
     n_iter: int,
     backend: str,
@@ -119,7 +117,13 @@ def deconvolve_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = corridor.Saved(mean, deconv, folded, basis, spectrum)
     geo = Geometry.unpack(geometry)
-    dx, dw, db = corridor.backward(stages(backend), grad, x, weight, saved, frozen, geo, n_iter, need_x)
+    return _gradients(x, weight, *corridor.backward(stages(backend), grad, x, weight, saved, geo, n_iter, need_x))
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor, db: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As an operator returns them: in their tensors' layouts, an empty one where there is none."""
     dx = x.new_empty(0) if dx is None else dx.contiguous(memory_format=memory_format(x))
     return dx, dw.contiguous(memory_format=memory_format(weight)), db
 
@@ -127,15 +131,19 @@ def deconvolve_backward(
 deconvolve_backward.register_autograd(_no_second_derivative)
 
 
-@deconvolve_backward.register_fake
-def _(grad, x, weight, mean, deconv, folded, basis, spectrum, frozen, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]
+def _empty_gradients(x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     dx = _empty(x, x.shape, x) if need_x else x.new_empty(0)
     return dx, _empty(weight, weight.shape, weight), weight.new_empty(weight.shape[0])
 
 
+@deconvolve_backward.register_fake
+def _(grad, x, weight, mean, deconv, folded, basis, spectrum, geometry, n_iter, backend, need_x):  # type: ignore[no-untyped-def]
+    return _empty_gradients(x, weight, need_x)
+
+
 def _deconvolve_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, frozen, ctx.geometry, _, ctx.n_iter, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, *output[1:-1], frozen)
+    x, weight, bias, ctx.geometry, _, ctx.n_iter, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, *output[1:-1])
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(*output[1:])
 
@@ -143,10 +151,87 @@ def _deconvolve_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def _deconvolve_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     need_x = ctx.needs_input_grad[0]
     dx, dw, db = deconvolve_backward(grad, *ctx.saved_tensors, ctx.geometry, ctx.n_iter, ctx.backend, need_x)
-    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 7
+    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 4
 
 
 deconvolve.register_autograd(_deconvolve_backward, setup_context=_deconvolve_setup)
+
+
+# ---------------------------------------------------------------------------------------------------- a stale step
+
+
+@torch.library.custom_op("tdeconv::constants", mutates_args=())
+def constants(mean: Tensor, deconv: Tensor, geometry: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Copies of a layer's running statistics ``(b, D)`` and ``(b, D, D)``, which the next fresh step overwrites.
+
+    An operator, so that no compiler takes them from the buffers later, in backward.
+    """
+    geo = Geometry.unpack(geometry)
+    shape = geo.groups, geo.features
+    return mean.to(dtype, copy=True).view(shape), deconv.to(dtype, copy=True).view(*shape, geo.features)
+
+
+@constants.register_fake
+def _(mean, deconv, geometry, dtype):  # type: ignore[no-untyped-def]
+    geo = Geometry.unpack(geometry)
+    shape = geo.groups, geo.features
+    return _empty(mean, shape, dtype=dtype), _empty(mean, (*shape, geo.features), dtype=dtype)
+
+
+@torch.library.custom_op("tdeconv::stale_deconvolve", mutates_args=())
+@_no_autocast
+def stale_deconvolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geometry: list[int], backend: str
+) -> tuple[Tensor, Tensor]:
+    y, folded = corridor.stale_forward(stages(backend), x, weight, bias, mean, deconv, Geometry.unpack(geometry))
+    return y.contiguous(memory_format=memory_format(x, weight)), folded
+
+
+@stale_deconvolve.register_fake
+def _(x, weight, bias, mean, deconv, geometry, backend):  # type: ignore[no-untyped-def]
+    return _empty_outputs(x, weight, Geometry.unpack(geometry))
+
+
+@torch.library.custom_op("tdeconv::stale_deconvolve_backward", mutates_args=())
+@_no_autocast
+def stale_deconvolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deconv: Tensor,
+    folded: Tensor,
+    geometry: list[int],
+    backend: str,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geo = Geometry.unpack(geometry)
+    grads = corridor.stale_backward(stages(backend), grad, x, weight, mean, deconv, folded, geo, need_x)
+    return _gradients(x, weight, *grads)
+
+
+stale_deconvolve_backward.register_autograd(_no_second_derivative)
+
+
+@stale_deconvolve_backward.register_fake
+def _(grad, x, weight, mean, deconv, folded, geometry, backend, need_x):  # type: ignore[no-untyped-def]
+    return _empty_gradients(x, weight, need_x)
+
+
+def _stale_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, mean, deconv, ctx.geometry, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, mean, deconv, output[1])
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(output[1])
+
+
+def _stale_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    need_x = ctx.needs_input_grad[0]
+    dx, dw, db = stale_deconvolve_backward(grad, *ctx.saved_tensors, ctx.geometry, ctx.backend, need_x)
+    return dx if need_x else None, dw, db if ctx.has_bias else None, *(None,) * 4
+
+
+stale_deconvolve.register_autograd(_stale_backward, setup_context=_stale_setup)
 
 
 # -------------------------------------------------------------------------------------------------- single stages

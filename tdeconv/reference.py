@@ -150,20 +150,13 @@ def deconvolve(
     geo: Geometry,
     eps: float,
     n_iter: int,
-    frozen: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer in training: ``(y, mean (b, D), deconv (b, D, D), news (b))``.
 
-    ``news`` says which running statistics these are to be counted in. ``frozen`` is a 0-d bool tensor, a mean and a
-    root: where it is true, those are the statistics, and no news.
+    ``news`` says which running statistics these are to be counted in.
     """
     mean, cov = patch_moments(x, geo)
     news = tells(mean, cov)
     eye = torch.eye(geo.features, dtype=cov.dtype, device=cov.device)
     deconv = inverse_sqrt(cov + eps * eye, n_iter)
-    if frozen is not None:
-        flag, old_mean, old_deconv = frozen
-        mean = torch.where(flag, old_mean.to(mean.dtype).reshape(mean.shape), mean)
-        deconv = torch.where(flag, old_deconv.to(deconv.dtype).reshape(deconv.shape), deconv)
-        news = news & ~flag
     return convolve(x, *fold(weight, bias, mean, deconv, geo), geo), mean, deconv, news

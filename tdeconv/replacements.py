@@ -27,6 +27,7 @@ class Options:
     n_iter: int
     first_n_iter: int
     freeze_first: bool
+    stats_interval: int
     block_fc: int
     backend: str | None
 
@@ -34,6 +35,7 @@ class Options:
         checks.options(1e-5, self.n_iter, 0.1, BLOCK, self.sampling_stride)
         checks.positive_int("samples_per_feature", self.samples_per_feature, least=0)
         checks.positive_int("first_n_iter", self.first_n_iter)
+        checks.positive_int("stats_interval", self.stats_interval)
         checks.positive_int("block_fc", self.block_fc)
         checks.backend(self.backend)
 
@@ -87,6 +89,7 @@ def deconv(layer: Any, first: bool, block: int | None, options: Options) -> nn.M
     """The deconvolution layer for a convolution or linear layer: its weight, a bias, fresh running statistics."""
     weight, n_iter = layer.weight, options.n_iter
     common: dict[str, Any] = {"backend": options.backend, "device": "meta", "dtype": weight.dtype}
+    common["stats_interval"] = options.stats_interval
     if isinstance(layer, nn.Linear):
         sizes = (layer.in_features, layer.out_features)
         new: Any = Delinear(*sizes, n_iter=n_iter, block=options.block_fc, **common)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tdeconv.schedule import every_step
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -22,9 +24,10 @@ def update_stats(model: Model, loader: Iterable[Any], device: Any = None) -> Mod
     what ``torch.optim.swa_utils.update_bn`` does for batch norms: for all deconvolution layers, and for the batch norms
     that are left in the model, in the same pass.
 
-    These layers run in training mode, all others in evaluation mode (dropout is off, as it will be in evaluation); what
-    was frozen is computed, too. Modes, momenta and the counters of freezing are afterwards what they were; so is
-    everything, if the pass fails. A layer that no batch reaches keeps its statistics.
+    These layers run in training mode, all others in evaluation mode (dropout is off, as it will be in evaluation), and
+    take the statistics of every batch, also where training would not (``freeze``, ``stats_interval``). Modes, momenta
+    and the counts of training steps are afterwards what they were; so is everything, if the pass fails. A layer that no
+    batch reaches keeps its statistics.
 
     Args:
         model: changed in place. Every rank of a model with :func:`tdeconv.convert_sync_deconv` has to call this. Other
@@ -80,17 +83,15 @@ class _Kept:
     """What a layer was like before: its options and its buffers."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.momentum, self.freeze = layer, layer.momentum, getattr(layer, "freeze", None)
+        self.layer, self.momentum = layer, layer.momentum
         self.buffers = {name: b.clone() for name, b in layer.named_buffers(recurse=False)}
 
     def put_back(self, buffers: bool) -> None:
-        """The options, the counters that no batch has reached, and, if asked for, all ``buffers``."""
+        """The momentum, the counters that no batch has reached, and, if asked for, all ``buffers``."""
         for name, count in _counts(self.layer).items():
             if name in self.buffers:
                 count.copy_(torch.where(count == 0, self.buffers[name], count))
         self.layer.momentum = self.momentum
-        if self.freeze is not None:
-            self.layer.freeze = self.freeze
         for name, value in self.buffers.items() if buffers else ():
             self.layer.get_buffer(name).copy_(value)
 
@@ -105,7 +106,8 @@ def _averaging(model: nn.Module, layers: list[Any]) -> Iterator[None]:
         model.eval()
         for layer in layers:
             _start(layer)
-        yield
+        with every_step(layers, fresh=True):
+            yield
         failed = False
     finally:
         for one in kept:
@@ -118,15 +120,11 @@ def _start(layer: Any) -> None:
     """The next batch replaces the running statistics, those behind it are averaged."""
     layer.train()
     layer.momentum = None
-    if hasattr(layer, "freeze"):
-        layer.freeze = False
     for count in _counts(layer).values():
         count.zero_()
 
 
 def _counts(layer: Any) -> dict[str, Tensor]:
-    """The counters of an average; with ``freeze``, ``num_batches_tracked`` is freezing's, and stands still."""
-    counts = {name: layer._buffers.get(name) for name in ("num_updates", "num_batches_tracked")}
-    if hasattr(layer, "freeze"):
-        del counts["num_batches_tracked"]
-    return {name: count for name, count in counts.items() if count is not None}
+    """The counters of an average, not that of a layer's training steps, which stands still."""
+    names = {"num_updates", "num_batches_tracked"} - {getattr(layer, "_counter", None)}
+    return {name: layer._buffers[name] for name in names if layer._buffers.get(name) is not None}

@@ -106,7 +106,7 @@ def test_operator_passes_opcheck():
     with convolution.use("triton"):
         torch.library.opcheck(
             ops.deconvolve,
-            (x, weight, bias, None, None, None, case.geo.pack(), 1e-5, 5, "triton"),
+            (x, weight, bias, case.geo.pack(), 1e-5, 5, "triton"),
             rtol=1e-4,
             atol=1e-5,
         )

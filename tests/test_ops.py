@@ -8,13 +8,17 @@ from torch._subclasses import FakeTensorMode
 
 from cases import CASES, Case
 from helpers import FAST, assert_close, randn
-from tdeconv import ops
+from tdeconv import ops, reference
+from tdeconv.geometry import Geometry
 
 OPERATORS = {
     name: getattr(torch.ops.tdeconv, name).default
     for name in (
         "deconvolve",
         "deconvolve_backward",
+        "constants",
+        "stale_deconvolve",
+        "stale_deconvolve_backward",
         "patch_moments",
         "patch_moments_backward",
         "inverse_sqrt",
@@ -45,22 +49,35 @@ def backend(request):
     return request.param
 
 
-def layer_args(case: Case, backend: str, dtype: torch.dtype, n_iter: int = 5, frozen: bool | None = None):
+def layer_args(case: Case, backend: str, dtype: torch.dtype, n_iter: int = 5):
     x, weight, bias = (None if t is None else t.to(dtype).requires_grad_() for t in case.tensors(torch.float64))
-    geo = case.geo
-    still = (None, None, None)
-    if frozen is not None:
-        root = torch.eye(geo.features, dtype=dtype).expand(geo.groups, -1, -1)
-        still = (torch.zeros(geo.groups * geo.features, dtype=dtype), root.contiguous(), torch.tensor(frozen))
-    return x, weight, bias, *still, geo.pack(), 1e-5, n_iter, backend
+    return x, weight, bias, case.geo.pack(), 1e-5, n_iter, backend
 
 
 def backward_args(case: Case, backend: str, dtype: torch.dtype, need_x: bool, n_iter: int = 5):
-    x, weight, bias, *_, frozen, geometry, eps, n_iter, _ = layer_args(case, backend, dtype, n_iter)
+    args = layer_args(case, backend, dtype, n_iter)
     with torch.no_grad():
-        y, *saved, _ = ops.deconvolve(x, weight, bias, None, None, None, geometry, eps, n_iter, backend)
+        y, *saved, _ = ops.deconvolve(*args)
     grad = randn(*y.shape, dtype=dtype)
-    return grad, x.detach(), weight.detach(), *saved, frozen, geometry, n_iter, backend, need_x
+    return grad, args[0].detach(), args[1].detach(), *saved, case.geo.pack(), n_iter, backend, need_x
+
+
+def stale_args(case: Case, backend: str, dtype: torch.dtype):
+    """A mean and a root like none a batch would have."""
+    (x, weight, bias, geometry, *_), geo = layer_args(case, backend, dtype), case.geo
+    stat = torch.promote_types(dtype, torch.float32)
+    mean = randn(geo.groups * geo.features, seed=5).to(stat)
+    deconv = covariance(geo.features, geo.groups).to(stat)
+    mean, deconv = ops.constants(mean, deconv if geo.groups > 1 else deconv[0], geometry, stat)
+    return x, weight, bias, mean, deconv, geometry, backend
+
+
+def stale_backward_args(case: Case, backend: str, dtype: torch.dtype, need_x: bool):
+    args = stale_args(case, backend, dtype)
+    with torch.no_grad():
+        y, folded = ops.stale_deconvolve(*args)
+    x, weight = (t.detach() for t in args[:2])
+    return randn(*y.shape, dtype=dtype), x, weight, *args[3:5], folded, args[5], backend, need_x
 
 
 def covariance(d: int, batch: int = 1) -> torch.Tensor:
@@ -87,6 +104,16 @@ def test_all_operators_are_here():
 @CASE
 def test_opcheck_deconvolve(case, backend):
     torch.library.opcheck(OPERATORS["deconvolve"], layer_args(case, backend, torch.float64))
+    torch.library.opcheck(OPERATORS["stale_deconvolve"], stale_args(case, backend, torch.float64))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_constants(groups, dtype):
+    geo = Geometry(6, (), (), (), (), groups, 6 // groups, "contiguous")
+    d = geo.features
+    buffers = randn(groups * d).to(dtype), randn(*((groups,) if groups > 1 else ()), d, d).to(dtype)
+    torch.library.opcheck(OPERATORS["constants"], (*buffers, geo.pack(), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,6 +128,8 @@ def test_opcheck_deconvolve_of_other_dtypes_and_steps(dtype, n_iter, backend):
 @pytest.mark.parametrize("need_x", [True, False])
 def test_opcheck_deconvolve_backward(case, need_x, backend):
     torch.library.opcheck(OPERATORS["deconvolve_backward"], backward_args(case, backend, torch.float64, need_x))
+    stale = stale_backward_args(case, backend, torch.float64, need_x)
+    torch.library.opcheck(OPERATORS["stale_deconvolve_backward"], stale)
 
 
 @CASE
@@ -141,7 +170,9 @@ def test_fake_tensors_have_the_real_ones_shapes_dtypes_and_strides(case, dtype, 
     moments = ops.patch_moments(*x)
     calls = {
         ops.deconvolve: args,
-        ops.deconvolve_backward: (grad, *args[:2], *real[1:-1], None, case.geo.pack(), n_iter, backend, True),
+        ops.deconvolve_backward: (grad, *args[:2], *real[1:-1], case.geo.pack(), n_iter, backend, True),
+        ops.stale_deconvolve: stale_args(case, backend, dtype),
+        ops.stale_deconvolve_backward: stale_backward_args(case, backend, dtype, True),
         ops.patch_moments: x,
         ops.patch_moments_backward: (args[0], moments[0], *moments, case.geo.pack(), backend),
     }
@@ -152,19 +183,17 @@ def test_fake_tensors_have_the_real_ones_shapes_dtypes_and_strides(case, dtype, 
         same_kind(*([r] if isinstance(r, torch.Tensor) else r for r in (real, fake)))
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("name", ["plain", "groups_two", "block_by_gcd"])
-def test_a_flag_freezes_the_statistics(name, frozen, backend):
-    case = next(c for c in CASES if c.name == name)
-    args = layer_args(case, backend, torch.float64, frozen=frozen)
-    y, mean, deconv, *_ = ops.deconvolve(*args)
-    assert torch.equal(deconv, torch.eye(case.geo.features).double().expand_as(deconv)) == frozen
-    assert torch.equal(mean, torch.zeros_like(mean)) == frozen
+@CASE
+def test_a_stale_step_is_the_references_fold_and_convolution(case, backend):
+    """Gradients too, in float64."""
+    args = stale_args(case, backend, torch.float64)
+    x, weight, bias, mean, deconv, *_ = args
+    leaves = [t for t in args[:3] if t is not None]
+    y, _ = ops.stale_deconvolve(*args)
+    expected = reference.convolve(x, *reference.fold(weight, bias, mean, deconv, case.geo), case.geo)
     grad = randn(*y.shape)
-    grads = torch.autograd.grad(y, args[:3], grad)
-    if frozen:
-        plain = torch.nn.functional.conv2d(*args[:3], case.stride, case.padding, case.dilation, case.groups)
-        assert_close((y, *grads), (plain, *torch.autograd.grad(plain, args[:3], grad)), 1e-13)
+    grads, expected_grads = (torch.autograd.grad(out, leaves, grad) for out in (y, expected))
+    assert_close((y, *grads), (expected, *expected_grads), 1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients

@@ -157,7 +157,8 @@ class ChannelDeconv(Scheduled):
         if self.momentum is None:
             shares = running.average_share(self.num_updates, statistics[0].dtype)
         else:
-            shares = torch.where(count == 0, torch.ones_like(statistics[-1]), self._share()).expand(2, 1)
+            share: Any = self._share()  # a number or a tensor, both of which torch.where takes
+            shares = torch.where(count == 0, torch.ones_like(statistics[-1]), share).expand(2, 1)
         parts = zip((slice(0, 2), slice(2, 4)), shares, news, strict=True)
         made = torch.stack([running.update_(buffers[at], statistics[at], share, counts) for at, share, counts in parts])
         count.add_(made[0])

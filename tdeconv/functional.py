@@ -212,8 +212,8 @@ def fast_deconv(
             training step samples more, up to all patches; and where samples are still few, it takes fewer
             Newton-Schulz steps (see :class:`tdeconv.FastDeconv`). 0, as in the paper, does neither.
         grouping: ``"interleaved"`` or ``"contiguous"``.
-        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, in which
-            ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
+        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, for
+            which ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
         step: how many training steps came before this one.
         stale: whether a training step uses the running statistics, as constants, and leaves them as they are, whatever
             ``step`` says.

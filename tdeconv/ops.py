@@ -120,9 +120,7 @@ def deconvolve_backward(
     return _gradients(x, weight, *corridor.backward(stages(backend), grad, x, weight, saved, geo, n_iter, need_x))
 
 
-def _gradients(
-    x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor, db: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor, db: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As an operator returns them: in their tensors' layouts, an empty one where there is none."""
     dx = x.new_empty(0) if dx is None else dx.contiguous(memory_format=memory_format(x))
     return dx, dw.contiguous(memory_format=memory_format(weight)), db

@@ -21,7 +21,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.ndim == 3:
         return product(a[0], b[0]).unsqueeze(0) if a.shape[0] == 1 else torch.bmm(a, b)
     onednn = measured.onednn_product() if _by_onednn(a, b) else None
-    return a @ b if onednn is None else onednn(a, b.t())
+    return a @ b if onednn is None else onednn(_dense(a), _dense(b).t())
+
+
+def _dense(a: Tensor) -> Tensor:
+    """Without gaps: for a part of a larger matrix oneDNN has no kernel but one that takes a thousand times as long."""
+    return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

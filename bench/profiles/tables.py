@@ -120,7 +120,8 @@ def _explanation(content: Content) -> list[str]:
     )
     columns = _columns(content)
     shortened = [f"{SHORT[s]} = {s}, " for s in STAGES if SHORT[s] != s and ("forward", s) in columns]
-    words = f"{''.join(shortened)}rest = what a layer does around its stages; a layer without stages has all its time there."
+    rest = "rest = what a layer does around its stages; a layer without stages has all its time there."
+    words = "".join(shortened) + rest
     floors = (
         "floor = the least that bytes, products and chains of launches need on this machine, stage by stage; share = "
         f"floor / total. Measured here: copying {ceilings['memory'] / 1e9:.4g} GB/s; products, in GFLOP/s: {products}; "

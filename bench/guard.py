@@ -1,9 +1,9 @@
 """Nothing gets slower or larger unseen: ``python -m tdeconv.bench.guard [--check] [--update] [--rounds N]``.
 
-Held exactly, for one thread and one version of PyTorch: the bytes that layers keep for backward, what they ask of the
-allocator, how many of torch's operators they run. Held by a limit: the memory of whole networks, and training steps'
-times against the reference's and conv + batch norm + ReLU's, measured side by side in one run. A time is never compared
-with another run's. ``guard.json`` beside this file has all these numbers.
+Held exactly, for one thread and one version of PyTorch, of fresh steps and of some stale ones: the bytes that layers
+keep for backward, what they ask of the allocator, how many of torch's operators they run. Held by a limit: the memory
+of whole networks, and fresh training steps' times against the reference's and conv + batch norm + ReLU's, measured side
+by side in one run. A time is never compared with another run's. ``guard.json`` beside this file has all these numbers.
 
 Exits 1 and names what got worse. What got better fails, too, until ``--update`` has put it into the file: so the next
 change cannot lose it unseen.
@@ -338,12 +338,8 @@ def run(path: Path, rounds: int, update: bool) -> list[str]:
     if update:
         check_writable(path.parent, "the folder of --file")
     with _one_thread():
-        found = {
-            name: exact(*case)
-            for name, case in tqdm(
-                _exact_cases().items(), desc="counting", unit="layer", ncols=80, leave=False, disable=None
-            )
-        }
+        cases = tqdm(_exact_cases().items(), desc="counting", unit="layer", ncols=80, leave=False, disable=None)
+        found = {name: exact(*case) for name, case in cases}
         kept = networks()
         times = ratios(TIMED, rounds) if rounds else {}
         problems = too_large(kept)

@@ -63,9 +63,38 @@ class Stages(Protocol):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gradients of the input (None unless needed), the folded weight and the folded bias."""
 
+    # Optional: of fold and convolve in one, see torch_backend.whiten.
+
+    def whitens(self, x: Tensor, weight: Tensor, geo: Geometry) -> bool: ...
+
+    def whitened(self, x: Tensor, geo: Geometry) -> Tensor: ...
+
+    def whiten_convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def whiten_convolve_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        deconv: Tensor,
+        columns: Tensor,
+        geo: Geometry,
+        need_x: bool,
+        need_statistics: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+
+def whitens(stages: Stages, x: Tensor, weight: Tensor, geo: Geometry) -> bool:
+    """Whether the backend can whiten patches instead of folding, and does for these sizes."""
+    return hasattr(stages, "whitens") and bool(stages.whitens(x, weight, geo))
+
 
 class Saved(NamedTuple):
-    """What backward needs besides the input and the weight: the statistics, the folded weight, the root's factors."""
+    """What backward needs besides the input and the weight: the statistics, the folded weight (or whitened patches),
+    the root's factors."""
 
     mean: Tensor
     deconv: Tensor
@@ -96,7 +125,11 @@ def forward(
 def stale_forward(
     stages: Stages, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry
 ) -> tuple[Tensor, Tensor]:
-    """With statistics ``(b, D)`` and ``(b, D, D)`` that are there already: the output and the folded weight."""
+    """With statistics ``(b, D)`` and ``(b, D, D)`` that are there already: the output, and the folded weight or what
+    else was made of the root."""
+    if whitens(stages, x, weight, geo):
+        with exact_products():
+            return stages.whiten_convolve(x, weight, bias, mean, deconv, geo)
     with exact_products():
         folded, shift = stages.fold(weight, bias, mean, deconv, geo)
     folded, shift = folded.to(x.dtype), shift.to(x.dtype)
@@ -159,6 +192,12 @@ def _before_statistics(
     need_statistics: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Back through convolution and fold: gradients of the input, the weight, the bias, the mean and the root."""
+    if whitens(stages, x, weight, geo):
+        with exact_products():
+            grad_x, grad_weight, grad_bias, grad_mean, grad_deconv = stages.whiten_convolve_backward(
+                grad, x, weight, mean, deconv, folded, geo, need_x, need_statistics
+            )
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_mean, grad_deconv
     with _convolving(geo):
         grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, folded, geo, need_x)
     grad_folded, grad_bias = grad_folded.to(mean.dtype), grad_bias.to(mean.dtype)

@@ -83,18 +83,20 @@ def deconvolve(
 @deconvolve.register_fake
 def _(x, weight, bias, geometry, eps, n_iter, backend):  # type: ignore[no-untyped-def]
     geo = Geometry.unpack(geometry)
-    y, folded = _empty_outputs(x, weight, geo)
+    y, folded = _empty_outputs(x, weight, geo, backend)
     mean, cov = _empty_moments(x, geo)
     news = x.new_empty(geo.groups, dtype=torch.bool)
     return y, mean, cov, folded, *stages(backend).inverse_sqrt_saved(cov, n_iter), news
 
 
-def _empty_outputs(x: Tensor, weight: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
-    """Like the layer's output and the folded weight."""
+def _empty_outputs(x: Tensor, weight: Tensor, geo: Geometry, backend: str) -> tuple[Tensor, Tensor]:
+    """Like the layer's output and the folded weight, or the whitened patches."""
     # here too: dynamo, which torch's exporter falls back on, takes the answer elsewhere for False
     tracing.no_training_step(True)
     axes = zip(x.shape[2:], geo.padding, geo.window, geo.stride, strict=True)
     y = _empty(x, (x.shape[0], weight.shape[0], *((n + 2 * p - w) // s + 1 for n, p, w, s in axes)), x, weight)
+    if corridor.whitens(stages(backend), x, weight, geo):
+        return y, stages(backend).whitened(x, geo)
     o, c, *kernel = weight.shape
     return y, _empty(x, (o, *kernel, c)).movedim(-1, 1)
 
@@ -187,7 +189,7 @@ def stale_deconvolve(
 
 @stale_deconvolve.register_fake
 def _(x, weight, bias, mean, deconv, geometry, backend):  # type: ignore[no-untyped-def]
-    return _empty_outputs(x, weight, Geometry.unpack(geometry))
+    return _empty_outputs(x, weight, Geometry.unpack(geometry), backend)
 
 
 @torch.library.custom_op("tdeconv::stale_deconvolve_backward", mutates_args=())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ from helpers import (
 )
 from tdeconv import ops, reference
 from tdeconv.bench import memory
-from tdeconv.torch_backend import chunks, gemm, measured, patches
+from tdeconv.torch_backend import chunks, gemm, measured, patches, whiten
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 SPECTRUM = pytest.mark.parametrize("spectrum", SPECTRA, ids=lambda s: s.name)
@@ -191,10 +193,20 @@ def test_layer(case, dtype, backend):
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("products", [True, False])
 def test_layer_on_any_cpu(case, onednn, products, monkeypatch):
-    """Whatever was measured on a CPU, of which the other tests fix one answer; oneDNN for small products, too."""
+    """Whatever was measured on a CPU, of which the other tests fix one answer; oneDNN for small products, too, and
+    patches whitened however many there are."""
     monkeypatch.setattr(gemm, "_LARGE", 0)
+    monkeypatch.setattr(whiten, "_FEW", math.inf)
     with measured.fixed(onednn=onednn, products=products):
         test_layer(case, torch.float32, "torch")
+
+
+@CASE
+@pytest.mark.parametrize("few", [0, math.inf], ids=["folded", "whitened"])
+def test_folding_and_whitening_are_the_same(case, few, monkeypatch):
+    """In float64, to the last digits, whichever the sizes say."""
+    monkeypatch.setattr(whiten, "_FEW", few)
+    test_layer(case, torch.float64, "torch")
 
 
 @CASE

@@ -8,6 +8,7 @@ from tdeconv.torch_backend.describe import describe
 from tdeconv.torch_backend.fold import fold, fold_backward
 from tdeconv.torch_backend.inverse_sqrt import inverse_sqrt, inverse_sqrt_backward, inverse_sqrt_saved
 from tdeconv.torch_backend.patch_moments import patch_moments, patch_moments_backward_
+from tdeconv.torch_backend.whiten import whiten_convolve, whiten_convolve_backward, whitened, whitens
 
 __all__ = [
     "convolve",
@@ -20,4 +21,8 @@ __all__ = [
     "inverse_sqrt_saved",
     "patch_moments",
     "patch_moments_backward_",
+    "whiten_convolve",
+    "whiten_convolve_backward",
+    "whitened",
+    "whitens",
 ]

@@ -1,40 +1,50 @@
 """First stage: mean and covariance of the sampled patches, and their gradient added into the input's.
 
-The patch matrix never exists as a whole: a part at a time is gathered tap by tap into rows ``(M, taps, C)``, which
-copies runs of C contiguous values, centred and brought into the order of the layer's vectors, and multiplied
-while they are in the cache.
+The patch matrix never exists as a whole: a part at a time is gathered tap by tap into the layer's vectors, which copies
+runs of a block's channels, centred, and multiplied while it is in the cache. The moments' features come in the order of
+that, and are brought into the method's at the end.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.torch_backend import gemm, symmetric
-from tdeconv.torch_backend.patches import Part, add_samples_, count, gather, parts, picked, samples, scatter_add_
+from tdeconv.torch_backend.patches import (
+    Part,
+    add_samples_,
+    count,
+    gather,
+    in_runs,
+    parts,
+    picked,
+    samples,
+    scatter_add_,
+)
 
 
 def patch_moments(x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     cov, means, counts = None, [], []
     for part in parts(samples(_pixels(x, geo), geo), geo):
-        rows = gather(part, geo)
-        means.append(_pooled_mean(rows.mean(0), geo))
-        counts.append(rows.shape[0] * geo.pooled)
-        vectors = _centred_vectors(rows, means[-1], geo)
+        vectors = gather(part, geo)
+        means.append(_pooled(vectors.mean(0), geo))
+        counts.append(vectors.shape[0] * geo.pooled)
+        rows = centred(vectors, means[-1], geo)
         if cov is None:
-            cov = vectors.new_zeros(geo.groups, geo.features, geo.features)
-        symmetric.add_product_(cov, vectors.mT, vectors)
+            cov = rows.new_zeros(geo.groups, geo.features, geo.features)
+        symmetric.add_product_(cov, rows.mT, rows)
     assert cov is not None
     # each part was centred by its own mean: add the parts' means about the common one (no cancellation at any offset)
-    share = torch.tensor(counts, dtype=cov.dtype, device=cov.device).div_(sum(counts)).view(-1, 1, 1)
-    stacked = torch.stack(means)
-    mean = (stacked * share).sum(0)
-    between = ((stacked - mean) * share.sqrt()).transpose(0, 1)
+    shares = [k / sum(counts) for k in counts]  # on the host: a tensor of them would have to be sent to a GPU
+    mean = torch.stack([m * share for m, share in zip(means, shares, strict=True)]).sum(0)
+    between = torch.stack([(m - mean) * share**0.5 for m, share in zip(means, shares, strict=True)], dim=1)
     cov = symmetric.mirror_(cov).div_(sum(counts)).baddbmm_(between.mT, between)
-    return mean, cov
+    return by_channel(mean, geo), both(by_channel, cov, geo)
 
 
 def patch_moments_backward_(
@@ -42,20 +52,21 @@ def patch_moments_backward_(
 ) -> None:
     pixels, target = _pixels(x, geo), _pixels(grad_x, geo)
     vectors = count(pixels, geo) * geo.pooled
+    mean, offset = by_place(mean, geo), by_place(grad_mean / vectors, geo)
     # the centred vectors sum to zero, so the mean gets nothing from the covariance
-    grad_cov, grad_mean = (grad_cov + grad_cov.mT) / vectors, grad_mean / vectors
+    slope = both(by_place, (grad_cov + grad_cov.mT) / vectors, geo)
 
-    def rows(part: Part) -> Tensor:
-        return _rows(gemm.product(_centred_vectors(gather(part, geo), mean, geo), grad_cov), grad_mean, geo)
+    def grads(part: Part) -> Tensor:
+        return spread(gemm.product(centred(gather(part, geo), mean, geo), slope), offset, geo)
 
     if picked(geo):
         own = samples(pixels, geo)
         for part in parts(own, geo):
-            part.pixels.copy_(rows(part).squeeze(1))
+            in_runs(part.pixels, geo).copy_(grads(part).squeeze(2))
         add_samples_(target, own, geo)
     else:
         for part, grad_part in zip(parts(pixels, geo), parts(target, geo), strict=True):
-            scatter_add_(grad_part, rows(part), geo)
+            scatter_add_(grad_part, grads(part), geo)
     if target.data_ptr() != grad_x.data_ptr():
         grad_x.copy_(target.movedim(-1, 1))
 
@@ -72,40 +83,43 @@ def _in_rows(pixels: Tensor) -> bool:
     return all(step == inner * n for (_, step), (n, inner) in itertools.pairwise(spatial))
 
 
-def _split(columns: Tensor, geo: Geometry) -> Tensor:
-    """Channel-major columns ``(R, C*taps)`` as vectors ``(R, G, D)``, or ``(R, groups, D)``; a view."""
-    if geo.interleaved:
-        return columns.view(-1, geo.features, geo.pooled).transpose(1, 2)
-    return columns.view(-1, geo.groups * geo.pooled, geo.features)
+# The order of a covariance's features: the method's, by channel and then by place, and that of gathered patches.
 
 
-def _pooled_mean(tap_means: Tensor, geo: Geometry) -> Tensor:
-    """Mean of the vectors ``(b, D)`` from that of the rows ``(taps, C)``."""
-    columns = tap_means.t().reshape(1, -1)
-    return _split(columns, geo).mean(1) if geo.groups == 1 else columns.view(geo.groups, -1)
+def by_place(a: Tensor, geo: Geometry) -> Tensor:
+    """``(..., D)`` from the method's order of features to that of gathered patches."""
+    return a.unflatten(-1, (geo.block, geo.taps)).transpose(-1, -2).flatten(-2)
 
 
-def _centred_vectors(rows: Tensor, mean: Tensor, geo: Geometry) -> Tensor:
-    """Rows ``(M, taps, C)`` as centred vectors ``(1, M*G, D)`` or ``(groups, M, D)``."""
-    vectors = rows.new_empty(rows.shape[0], geo.groups * geo.pooled, geo.features)
-    columns = rows.transpose(1, 2)  # (M, C, taps)
-    if geo.interleaved and geo.pooled == 1:
-        torch.sub(columns, mean.view(1, geo.block, geo.taps), out=vectors.view(columns.shape))
-    else:
-        torch.sub(_split(columns.reshape(rows.shape[0], -1), geo), mean, out=vectors)
-    return vectors.transpose(0, 1) if geo.groups > 1 else vectors.view(1, -1, geo.features)
+def by_channel(a: Tensor, geo: Geometry) -> Tensor:
+    """Inverse of :func:`by_place`."""
+    return a.unflatten(-1, (geo.taps, geo.block)).transpose(-1, -2).flatten(-2)
 
 
-def _rows(vectors: Tensor, offset: Tensor, geo: Geometry) -> Tensor:
-    """Vectors plus an offset for each of their features ``(b, D)``, as rows ``(M, taps, C)``."""
-    if geo.groups > 1:
-        vectors = vectors.transpose(0, 1)
-    vectors = vectors.reshape(-1, geo.groups * geo.pooled, geo.features)
-    if geo.interleaved and geo.pooled > 1:
-        columns = vectors.new_empty(vectors.shape[0], geo.channels * geo.taps)
-        torch.add(vectors, offset, out=_split(columns, geo))
-        return columns.view(-1, geo.channels, geo.taps).transpose(1, 2).contiguous()
-    rows = vectors.new_empty(vectors.shape[0], geo.taps, geo.channels)
-    split = rows.transpose(1, 2).unflatten(1, (-1, geo.block))  # (M, vectors, block, taps)
-    torch.add(vectors.view(split.shape), offset.view(-1, geo.block, geo.taps), out=split)
-    return rows
+def both(order: Callable[[Tensor, Geometry], Tensor], matrix: Tensor, geo: Geometry) -> Tensor:
+    """A matrix ``(b, D, D)`` with the features of its rows and columns in another order."""
+    return matrix if geo.taps == 1 else order(order(matrix, geo).mT, geo).mT.contiguous()
+
+
+def _pooled(means: Tensor, geo: Geometry) -> Tensor:
+    """Mean ``(b, D)`` from those of each vector ``(vectors, taps, block)``."""
+    return (means if geo.groups > 1 else means.mean(0, keepdim=True)).flatten(1)
+
+
+def centred(vectors: Tensor, mean: Tensor, geo: Geometry) -> Tensor:
+    """Vectors ``(M, vectors, taps, block)`` less their mean ``(b, D)``: ``(1, M*G, D)``, or ``(groups, M, D)``.
+
+    In place, if they lie in this order and are not the input itself, as pixels can be: fresh memory is dear.
+    """
+    own = vectors.is_contiguous() and not geo.pointwise
+    rows = torch.sub(
+        vectors, mean.view(-1, geo.taps, geo.block), out=vectors if own else vectors.new_empty(vectors.shape)
+    )
+    return rows.flatten(2).transpose(0, 1) if geo.groups > 1 else rows.view(1, -1, geo.features)
+
+
+def spread(rows: Tensor, offset: Tensor, geo: Geometry) -> Tensor:
+    """Adjoint of :func:`centred`, with an offset ``(b, D)`` for every vector: ``(M, vectors, taps, block)``."""
+    vectors = rows.transpose(0, 1) if geo.groups > 1 else rows
+    vectors = vectors.reshape(-1, geo.groups * geo.pooled, geo.taps, geo.block)
+    return vectors + offset.view(-1, geo.taps, geo.block)

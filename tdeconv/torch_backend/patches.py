@@ -144,26 +144,50 @@ def _runs(pixels: Tensor, geo: Geometry) -> Iterator[tuple[slice, Tensor]]:
         begin = end
 
 
+def in_runs(pixels: Tensor, geo: Geometry) -> Tensor:
+    """Channels ``(..., C)`` as those of each vector, ``(..., vectors, block)``; a view."""
+    if geo.interleaved:
+        return pixels.unflatten(-1, (geo.block, geo.pooled)).transpose(-1, -2)
+    return pixels.unflatten(-1, (geo.groups * geo.pooled, geo.block))
+
+
+def as_vectors(runs: Tensor, geo: Geometry) -> Tensor:
+    """Runs ``(M, taps * vectors, block)`` as vectors ``(M, vectors, taps, block)``; a view.
+
+    Tap t of the r-th run of channels is run ``r * taps + t``. Interleaved, run s belongs to vector ``s mod G``, at
+    place ``s // G`` in it: column ``c * taps + t`` with ``c = q * G + r`` is ``q * taps * G + s``.
+    """
+    if geo.interleaved:
+        return runs.view(-1, geo.taps, geo.pooled, geo.block).transpose(1, 2)
+    return runs.view(-1, geo.groups * geo.pooled, geo.taps, geo.block)
+
+
 def gather(part: Part, geo: Geometry) -> Tensor:
-    """A part's patches ``(M, taps, C)`` in the statistics' dtype."""
+    """A part's patches as vectors ``(M, vectors, taps, block)`` in the statistics' dtype.
+
+    Their features are ordered by place, then by channel, and not the method's way by channel, then by place: so runs of
+    ``block`` channels are copied as they are. One tap after the other: all its runs at a time.
+    """
     pixels, dtype = part.pixels, statistics_dtype(part.pixels.dtype)
     if geo.pointwise:
-        return pixels.to(dtype).reshape(-1, 1, geo.channels)
-    pixels = pixels.contiguous()
-    rows = pixels.new_zeros((pixels.shape[0], *part.positions, geo.taps, geo.channels), dtype=dtype)
+        return in_runs(pixels.to(dtype).reshape(-1, geo.channels), geo).unsqueeze(2)
+    pixels = in_runs(pixels, geo).contiguous()
+    n, vectors = pixels.shape[0], geo.groups * geo.pooled
+    runs = pixels.new_zeros((n, *part.positions, geo.taps * vectors, geo.block), dtype=dtype)
     for tap, at, reads in taps(part, geo):
-        rows[at][..., tap, :] = pixels[reads]
-    return rows.view(-1, geo.taps, geo.channels)
+        runs[at][..., tap :: geo.taps, :] = pixels[reads]
+    return as_vectors(runs, geo)
 
 
-def scatter_add_(part: Part, rows: Tensor, geo: Geometry) -> None:
+def scatter_add_(part: Part, vectors: Tensor, geo: Geometry) -> None:
     """Adjoint of :func:`gather`. One tap's pixels never overlap, so the sum is the same every time."""
+    target = in_runs(part.pixels, geo)
     if geo.pointwise:
-        part.pixels.add_(rows.view(part.pixels.shape))
+        target.add_(vectors.view(target.shape))
         return
-    rows = rows.view(part.pixels.shape[0], *part.positions, geo.taps, geo.channels)
-    target = part.pixels.contiguous()
+    runs = vectors.transpose(1, 2) if geo.interleaved else vectors
+    runs = runs.reshape(part.pixels.shape[0], *part.positions, -1, geo.block)
+    total = runs.new_zeros(target.shape)
     for tap, at, reads in taps(part, geo):
-        target[reads].add_(rows[at][..., tap, :])
-    if target is not part.pixels:
-        part.pixels.copy_(target)
+        total[reads] += runs[at][..., tap :: geo.taps, :]
+    target += total

@@ -1,0 +1,101 @@
+"""Third and fourth stage in one, where a layer has fewer output positions than output channels: whiten the patches, and
+multiply by the weight as it is.
+
+It is the same function. To fold the root into the weight takes ``2 O G D^2`` operations, as often as there are output
+channels; to whiten patches takes it as often as there are positions. Forward keeps the whitened patches, and not the
+folded weight, which would be larger.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tdeconv.geometry import Geometry
+from tdeconv.torch_backend import gemm
+from tdeconv.torch_backend.patch_moments import both, by_channel, by_place, centred
+from tdeconv.torch_backend.patches import gather, scatter_add_, whole
+
+# Positions for each output channel up to which that was measured to pay: the patches have to be taken, too.
+_FEW = 0.75
+
+
+def whitens(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
+    """Whether this is the cheaper way."""
+    patches = not geo.pointwise or (not any(geo.padding) and set(geo.stride) <= {1})  # else not all pixels, or more
+    kind = geo.groups == 1 and patches and x.dtype in (torch.float32, torch.float64)
+    return kind and _positions(x, geo) <= _FEW * weight.shape[0]
+
+
+def _positions(x: Tensor, geo: Geometry) -> int:
+    return x.shape[0] * math.prod(geo.every().positions(tuple(x.shape[2:])))
+
+
+def whitened(x: Tensor, geo: Geometry) -> Tensor:
+    """An empty tensor for the whitened patches, channel-major as a weight's columns are."""
+    return x.new_empty(_positions(x, geo), geo.channels * geo.taps)
+
+
+def whiten_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry
+) -> tuple[Tensor, Tensor]:
+    """The output, and the whitened patches."""
+    o, columns = weight.shape[0], whitened(x, geo)
+    vectors = gemm.product(_vectors(x, mean, geo), both(by_place, deconv, geo))
+    _in_columns(columns, geo).copy_(vectors.view(-1, geo.pooled, geo.taps, geo.block))
+    shape = x.shape[0], *geo.every().positions(tuple(x.shape[2:])), o
+    # not a view of its pixels: autograd would refuse an in-place activation behind the layer
+    strides = x.new_empty(shape, device="meta").movedim(-1, 1).stride()
+    y = torch.empty_strided((shape[0], o, *shape[1:-1]), strides, dtype=x.dtype, device=x.device)
+    y.movedim(1, -1).view(-1, o).copy_(gemm.product(columns, _matrix(weight, x).t()))
+    if bias is not None:
+        y.movedim(1, -1).add_(bias)
+    return y, columns
+
+
+def whiten_convolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deconv: Tensor,
+    columns: Tensor,
+    geo: Geometry,
+    need_x: bool,
+    need_statistics: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the input (None unless needed), the weight, the bias, the mean and the root (None unless needed)."""
+    grads, every = grad.movedim(1, -1).reshape(-1, weight.shape[0]), geo.every()
+    grad_weight = gemm.product(grads.t(), columns).view(weight.shape)
+    if not need_x:
+        return None, grad_weight, grads.sum(0), None, None
+    grad_columns = gemm.product(grads, _matrix(weight, x))
+    grad_whitened = _in_columns(grad_columns, geo).reshape(1, -1, geo.features)
+    grad_vectors = gemm.product(grad_whitened, both(by_place, deconv, geo))
+    grad_x = torch.zeros_like(x)
+    places = grad_vectors.view(-1, geo.pooled, geo.taps, geo.block)
+    scatter_add_(whole(grad_x.movedim(1, -1), every), places, every)
+    if not need_statistics:
+        return grad_x, grad_weight, grads.sum(0), None, None
+    grad_deconv = both(by_channel, gemm.product(_vectors(x, mean, geo).mT, grad_whitened), geo)
+    return grad_x, grad_weight, grads.sum(0), -by_channel(grad_vectors.sum(1), geo), grad_deconv
+
+
+def _matrix(weight: Tensor, x: Tensor) -> Tensor:
+    """``(O, C * taps)`` in the input's dtype: weights of half precision may come with an input of float32."""
+    return weight.to(x.dtype).reshape(weight.shape[0], -1)
+
+
+def _vectors(x: Tensor, mean: Tensor, geo: Geometry) -> Tensor:
+    """The centred vectors ``(1, M*G, D)`` of the patches at all output positions."""
+    every = geo.every()
+    return centred(gather(whole(x.movedim(1, -1), every), every), by_place(mean, geo), every)
+
+
+def _in_columns(columns: Tensor, geo: Geometry) -> Tensor:
+    """Channel-major columns ``(M, C * taps)`` as vectors ``(M, G, taps, block)``; a view."""
+    if geo.interleaved:
+        return columns.view(-1, geo.block, geo.taps, geo.pooled).permute(0, 3, 2, 1)
+    return columns.view(-1, geo.pooled, geo.block, geo.taps).transpose(2, 3)

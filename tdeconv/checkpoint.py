@@ -87,7 +87,7 @@ def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _go(layers: list[Scheduled], places: list[Any]) -> None:
-    """To these places in the schedules: the next step's, which a compiled layer goes by, and the next recomputation's."""
+    """To these places: of the next step, by which a compiled layer goes, and of the next recomputation."""
     for layer, both in zip(layers, places, strict=True):
         layer._places, layer._replayed = both
 

@@ -212,8 +212,8 @@ def fast_deconv(
             training step samples more, up to all patches; and where samples are still few, it takes fewer
             Newton-Schulz steps (see :class:`tdeconv.FastDeconv`). 0, as in the paper, does neither.
         grouping: ``"interleaved"`` or ``"contiguous"``.
-        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, in which
-            ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
+        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, in
+            which ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
         step: how many training steps came before this one.
         stale: whether a training step uses the running statistics, as constants, and leaves them as they are, whatever
             ``step`` says.
@@ -395,7 +395,7 @@ def _kind(
     """Whether it is a stale step, and the momentum of a fresh one."""
     interval, before = checks.interval(stats_interval, step)
     stale = checks.flag("stale", stale) or not schedule.is_fresh(before, interval)
-    if interval > 1 and isinstance(momentum, float) and before >= schedule.WARM_UP:
+    if interval > 1 and momentum is not None and before >= schedule.WARM_UP:
         momentum = schedule.of_interval(momentum, interval)
     return training and stale, momentum
 

@@ -1,9 +1,9 @@
 """In which training steps a layer takes the statistics of its batch: freezing, and statistics every few steps.
 
 Training step ``t``, counted from 0, is *fresh* or not. A fresh step takes the batch's statistics, and the running ones
-follow; any other is *stale*: the running statistics, as constants. With ``stats_interval=k`` the first ``WARM_UP`` steps
-and every k-th one are fresh; with ``freeze_iter=k`` the first ``k + 1`` of every ``10 * k``. A step is fresh where both
-say so.
+follow; any other is *stale*: the running statistics, as constants. With ``stats_interval=k`` the first ``WARM_UP``
+steps and every k-th one are fresh; with ``freeze_iter=k`` the first ``k + 1`` of every ``10 * k``. A step is fresh
+where both say so.
 
 The count is a buffer, so that a ``state_dict`` has it. To read it in every step would make a GPU wait, and forbid
 capturing the step in a CUDA graph. So a layer walks along rings of places on the host, one place a step, and each says
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdeconv import checks
+from tdeconv import checks, transforms
 from tdeconv.precision import statistics_dtype
 from tdeconv.running import Averaging
 from tdeconv.tracing import has_value
@@ -33,7 +33,7 @@ def is_fresh(step: int, stats_interval: int) -> bool:
     return step < WARM_UP or step % stats_interval == 0
 
 
-def of_interval(momentum: float, stats_interval: int) -> float:
+def of_interval(momentum: float | Tensor, stats_interval: int) -> Any:
     """The momentum of a fresh step behind the first ``WARM_UP``, which stands for ``stats_interval`` steps."""
     return 1 - (1 - momentum) ** stats_interval
 
@@ -93,7 +93,7 @@ class Scheduled(Averaging):
     _freeze, _freeze_iter = False, 100
     _places: tuple[Place, ...] = ()  # of the next training step, one in the ring of each rule
     _replayed: tuple[Place, ...] = ()  # of the next recomputation: the last training step's, without further notice
-    _unsure = True  # whether something else may have written the count since it was last looked at
+    _followed: Tensor | None = None  # the buffer that a step has looked at
     _given: bool | None = None  # within `every_step`: what kind every step is
 
     @property
@@ -145,10 +145,12 @@ class Scheduled(Averaging):
         if self._given is not None or steps is None:
             return self._given is not False
         checks.same_home(x, **{self._counter: steps})
-        # the first step looks, since buffers are also filled from outside: by DistributedDataParallel, by averaging
-        if not torch.compiler.is_compiling() and self._unsure:
+        # the first step looks, since buffers are also filled from outside (by DistributedDataParallel, by averaging),
+        # and so does the first with another buffer: one moved elsewhere, torch.func.functional_call's
+        if not torch.compiler.is_compiling() and self._followed is not steps:
+            transforms.no_vmap_in_training()  # which could not be looked into
             self._follow()
-            self._unsure = False
+            self._followed = steps if has_value(steps) else None
         return all(place.fresh for place in (self._replayed if recomputing() else self._places))
 
     def _share(self) -> float | Tensor | None:
@@ -205,12 +207,13 @@ class Scheduled(Averaging):
         self._follow()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._unsure = True
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._followed = None
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._unsure = True  # made for one step, in which the module it is of goes no further
+        # made for one step, which counts in the buffer of the module it is of and moves the replica's places alone
+        replica._followed = self._followed = None
         return replica
 
 

@@ -217,9 +217,12 @@ def test_real_layer_has_the_same_bits_twice(name, dtype, way):
 
 
 @pytest.mark.gpu
-def test_real_layer_in_a_cuda_graph():
-    """Nothing waits for the device."""
+@pytest.mark.parametrize("start", [2, 24, 25], ids=["early", "fresh", "stale"])
+def test_real_layer_in_a_cuda_graph(start):
+    """Nothing waits for the device, whatever the kind of step; of a fresh one the output is the batch's alone."""
     layer, x = real_layer("resnet_3x3", torch.bfloat16, "channels_last")
+    layer.stats_interval = 4
+    layer._set_steps(start)
     x.requires_grad_()
 
     def step():
@@ -230,6 +233,7 @@ def test_real_layer_in_a_cuda_graph():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), convolution.use("triton"):
         expected = step()
+    layer._set_steps(start)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with convolution.use("triton"), torch.cuda.graph(graph):

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import tdeconv
 from tdeconv import ops
 from tdeconv.kernels import precision
+from tdeconv.schedule import every_step
 
 convolution = importlib.import_module("tdeconv.kernels.convolve")  # the package exports a function of that name
 
@@ -97,6 +98,24 @@ def test_module_in_training_and_evaluation(name):
     layer.eval()
     oracle.eval()
     assert_close(layer(x), oracle(x.double()), F32_TOLERANCE)
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+@WAYS
+@pytest.mark.parametrize("name", MODULES)
+def test_module_in_a_stale_step(name, way):
+    """Against the reference's in float64, with statistics of another batch."""
+    torch.manual_seed(0)
+    layer, shape = MODULES[name](momentum=1, stats_interval=4, backend="torch")
+    layer(2 * randn(*shape, dtype=torch.float32, seed=1) + 0.5)
+    oracle = copy.deepcopy(layer).double()
+    layer.backend, oracle.backend = "triton", "reference"
+    x = randn(*shape, dtype=torch.float32)
+    before = copy.deepcopy(layer.state_dict())
+    with convolution.use(way), every_step([layer, oracle], fresh=False):
+        assert_close(train_step(layer, x), train_step(oracle, x.double()), F32_TOLERANCE)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
 @interpreted

@@ -25,6 +25,7 @@ from tdeconv.precision import statistics_dtype
 from tdeconv.running import Averaging
 from tdeconv.tracing import has_value
 
+LONGEST = 100_000  # what a rule may ask for: a ring has a place for each of its steps, ten times as many for freezing
 WARM_UP = 20  # steps at the start that are all fresh: the running statistics begin far from any batch's
 
 
@@ -104,7 +105,7 @@ class Scheduled(Averaging):
 
     @stats_interval.setter
     def stats_interval(self, value: int) -> None:
-        self._stats_interval = checks.positive_int("stats_interval", value)
+        self._stats_interval = checks.positive_int("stats_interval", value, most=LONGEST)
         self._reschedule()
 
     def _reschedule(self) -> None:

@@ -271,6 +271,11 @@ REFUSED = {
         ValueError,
         "freeze_iter must be at least 1, got 0",
     ),
+    "freeze_iter_endless": (
+        lambda: FastDeconv(3, 4, 3, freeze=True, freeze_iter=10**9),
+        ValueError,
+        "freeze_iter must be at most 100000, got 1000000000",
+    ),
     "freeze_iter_set": (
         lambda: setattr(FastDeconv(3, 4, 3, freeze=True), "freeze_iter", 2.0),
         TypeError,
@@ -423,6 +428,7 @@ def test_refused(name):
 NO_INTERVALS = {
     "zero": (0, ValueError, "stats_interval must be at least 1, got 0"),
     "negative": (-1, ValueError, "stats_interval must be at least 1, got -1"),
+    "endless": (10**9, ValueError, "stats_interval must be at most 100000, got 1000000000"),
     "fraction": (2.5, TypeError, r"stats_interval must be a positive int, got 2.5 \(float\)"),
     "whole float": (4.0, TypeError, r"stats_interval must be a positive int, got 4.0 \(float\)"),
     "bool": (True, TypeError, r"stats_interval must be a positive int, got True \(bool\)"),
@@ -446,6 +452,9 @@ TAKES_AN_INTERVAL = {
 @pytest.mark.parametrize("what", TAKES_AN_INTERVAL)
 def test_an_interval_that_is_none_is_refused(what, value):
     interval, error, message = NO_INTERVALS[value]
+    if value == "endless" and what in ("fast_deconv", "delinear"):  # which have no need to walk so far
+        TAKES_AN_INTERVAL[what](interval)
+        return
     with pytest.raises(error, match=message):
         TAKES_AN_INTERVAL[what](interval)
 
@@ -463,10 +472,12 @@ def test_an_interval_that_is_refused_leaves_the_layer(layer, value):
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
-def test_a_model_that_is_refused_an_interval_stays_as_it_was():
+@pytest.mark.parametrize("value", ["zero", "endless"])
+def test_a_model_that_is_refused_an_interval_stays_as_it_was(value):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    with pytest.raises(ValueError, match="stats_interval must be at least 1, got 0"):
-        convert_deconv(model, stats_interval=0)
+    interval, error, message = NO_INTERVALS[value]
+    with pytest.raises(error, match=message):
+        convert_deconv(model, stats_interval=interval)
     assert [type(m) for m in model] == [nn.Conv2d, nn.BatchNorm2d]
 
 

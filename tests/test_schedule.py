@@ -442,6 +442,16 @@ def test_checkpoints_of_other_schedules(name: str) -> None:
     net.load_state_dict({f"0.{key}": value for key, value in counting.state_dict().items()})
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=["momentum", "plain average"])
+def test_a_part_of_a_checkpoint_without_statistics_leaves_the_counts(options: dict[str, Any]) -> None:
+    layer = midway("2d", **options)
+    before = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict({"bias": torch.ones(3)}, strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items() if key != "bias")
+    with pytest.raises(RuntimeError, match=r"Missing key.*running_deconv"):
+        layer.load_state_dict({"bias": torch.ones(3), "weight": layer.weight})
+
+
 @pytest.mark.parametrize("name", ["2d", "linear", "channels"])
 def test_what_is_no_training_step_does_not_count(name: str) -> None:
     layer = midway(name)

@@ -462,10 +462,12 @@ def _layer(
 def _stale(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry, name: str
 ) -> Tensor:
-    """A training step with the running statistics as constants: with the reference backend, an evaluation."""
+    """A training step with the running statistics as constants."""
+    mean, deconv = ops.constants([mean, deconv], statistics_dtype(weight.dtype))
     if name == "reference":
-        return _with_running(x, weight, bias, mean, deconv, geo)
-    statistics = ops.constants(mean, deconv, geo.pack(), statistics_dtype(x.dtype))
+        return reference.convolve(x, *_fold(weight, bias, mean, deconv, geo), geo)
+    shape = geo.groups, geo.features
+    statistics = mean.view(shape), deconv.view(*shape, geo.features)
     return ops.stale_deconvolve(x, weight, bias, *statistics, geo.pack(), name)[0]
 
 

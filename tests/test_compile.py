@@ -186,6 +186,32 @@ def test_compiled_and_eager_steps_in_turn_count_as_one():
     assert [p.fresh for p in mixed.first._places] == [p.fresh for p in model.first._places]
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "backend"), [("conv", "torch"), ("conv", "reference"), ("channels", "torch")])
+@pytest.mark.parametrize("together", [True, False], ids=["in one graph", "in a later call"])
+def test_statistics_that_are_written_before_a_stale_steps_backward(name, backend, compiler, together):
+    """The gradients are of the values that forward saw, not of what the buffers hold by then."""
+    make, shape = LAYERS[name]
+    layer = make()
+    layer.backend, layer.stats_interval = backend, 2
+    for _ in range(21):
+        layer(torch.randn(shape) + 0.3)
+    twin, gradients = copy.deepcopy(layer), []
+
+    def stale_and_fresh(module, x):
+        return module(x), module(later)
+
+    x, later = torch.randn(shape).requires_grad_(), 3 * torch.randn(shape) + 1
+    for module, compiles in ((layer, False), (twin, True)):
+        run, both = module, stale_and_fresh
+        if compiles:
+            run, both = (torch.compile(f, fullgraph=True, backend=compiler) for f in (module, stale_and_fresh))
+        y = both(module, x)[0] if together else stale_and_fresh(run, x)[0]
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *module.parameters()]))
+    for expected, found in zip(*gradients, strict=True):
+        _close(found, expected, GRADIENT)
+
+
 def test_a_checkpoint_loaded_into_a_compiled_network():
     model = Network()
     with torch.no_grad():

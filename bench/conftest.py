@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--rounds", type=int, help="of every measurement")
     add("--batch", type=int, help="batch size")
     add("--size", type=int, help="height and width of the images")
+    add("--block", action="append", type=int, help="channels whitened together")
+    add("--stats-interval", action="append", type=int, help="steps of which one is fresh, for a mean")
     add("--layout", action="append", choices=tuple(FORMATS))
     add("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     add(
@@ -48,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         options = sets.Options(
             *(option("--batch"), option("--size"), option("--rounds"), option("--model")),
+            blocks=tuple(option("--block") or ()) or None,
+            intervals=tuple(option("--stats-interval") or ()) or None,
             layouts=tuple(option("--layout") or ()) or None,
             dtypes=tuple(option("--dtype") or ()) or None,
             oracle=option("--oracle"),

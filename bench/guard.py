@@ -1,9 +1,9 @@
 """Nothing gets slower or larger unseen: ``python -m tdeconv.bench.guard [--check] [--update] [--rounds N]``.
 
-Held exactly, for one thread and one version of PyTorch: the bytes that layers keep for backward, what they ask of the
-allocator, how many of torch's operators they run. Held by a limit: the memory of whole networks, and training steps'
-times against the reference's and conv + batch norm + ReLU's, measured side by side in one run. A time is never compared
-with another run's. ``guard.json`` beside this file has all these numbers.
+Held exactly, for one thread and one version of PyTorch, of fresh steps and of some stale ones: the bytes that layers
+keep for backward, what they ask of the allocator, how many of torch's operators they run. Held by a limit: the memory
+of whole networks, and fresh training steps' times against the reference's and conv + batch norm + ReLU's, measured side
+by side in one run. A time is never compared with another run's. ``guard.json`` beside this file has all these numbers.
 
 Exits 1 and names what got worse. What got better fails, too, until ``--update`` has put it into the file: so the next
 change cannot lose it unseen.
@@ -30,7 +30,7 @@ from tdeconv.arguments import check_writable, nonempty_path, read
 from tdeconv.bench import machine, measure, memory, steps
 from tdeconv.bench.cases import Layer
 from tdeconv.bench.clock import Clock, CpuClock
-from tdeconv.bench.implementations import Implementation, implementations
+from tdeconv.bench.implementations import STALE, Implementation, implementations
 from tdeconv.bench.markdown import table
 from tdeconv.bench.measure import Variant
 from tdeconv.bench.results import publish
@@ -47,6 +47,12 @@ EXACT = (
     Layer(3, 64, 64, kernel=7, stride=2, n_iter=15, input_grad=False),
     *(Layer(128, 128, 16, stride=2), Layer(64, 256, 16, kernel=1), Layer(256, 512, 16, kernel=1, stride=2)),
     *(Layer(64, 64, 16, groups=4, n_iter=3), Layer(64, 64, 16, groups=64, n_iter=1)),
+)
+
+# In stale steps, too: a first layer, large and tiny maps, 1x1, groups.
+EXACT_STALE = (
+    *(Layer(3, 64, 32, input_grad=False), Layer(64, 128, 16), Layer(512, 512, 2)),
+    *(Layer(64, 256, 16, kernel=1), Layer(64, 64, 16, groups=4, n_iter=3)),
 )
 
 # At a batch that training uses; one of a few images is all weights and factors.
@@ -79,28 +85,35 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _implementations() -> dict[str, Implementation]:
+def _implementations(*names: str) -> dict[str, Implementation]:
     found = implementations(torch.device("cpu"), compiled=False)
-    return {one.name: one for one in found if one.name in (OURS, *BASELINES)}
+    return {one.name: one for one in found if one.name in names}
 
 
-def exact(layer: Layer) -> dict[str, int]:
-    """What one training step of a layer takes, whatever the machine's speed."""
-    step = steps.step_of(
-        steps.problem(layer, EXACT_BATCH), _implementations()[OURS], Variant(OURS, "contiguous", "float32")
-    )
+def exact(layer: Layer, name: str = OURS) -> dict[str, int]:
+    """What one training step of a layer takes, whatever the machine's speed; ``name`` is an implementation's."""
+    one, variant = _implementations(name)[name], Variant(name, "contiguous", "float32")
+    step = steps.step_of(steps.problem(layer, EXACT_BATCH), one, variant)
     step.first_step()
     used = memory.allocations(lambda: step.run(CpuClock()))
     step.forget()
     outputs: list[torch.Tensor] = []
+    with step.kind():
+        forward = _operators(lambda: outputs.append(step.call(step.x)))
     return {
         "saved_bytes": step.saved_bytes,
         "allocations": used.count,
         "allocated_bytes": used.bytes,
         "peak_bytes": used.peak,
-        "forward_operators": _operators(lambda: outputs.append(step.call(step.x))),
+        "forward_operators": forward,
         "backward_operators": _operators(lambda: outputs[0].backward(step.grad)),
     }
+
+
+def _exact_cases() -> dict[str, tuple[Layer, str]]:
+    """By name: a layer, and the implementation that its exact numbers are of."""
+    fresh = {layer.name: (layer, OURS) for layer in EXACT}
+    return fresh | {layer.name + STALE: (layer, OURS + STALE) for layer in EXACT_STALE}
 
 
 def _operators(run: Callable[[], object]) -> int:
@@ -134,7 +147,8 @@ def ratios(layers: Iterable[Layer], rounds: int) -> Numbers:
     Raises:
         AssertionError: an implementation's answers are wrong.
     """
-    wanted = [(one, Variant(name, "contiguous", "float32")) for name, one in _implementations().items()]
+    of = _implementations(OURS, *BASELINES)
+    wanted = [(one, Variant(name, "contiguous", "float32")) for name, one in of.items()]
     works = {}
     for layer in layers:
         prepared = steps.prepare(steps.problem(layer, TIMED_BATCH), wanted)
@@ -324,10 +338,8 @@ def run(path: Path, rounds: int, update: bool) -> list[str]:
     if update:
         check_writable(path.parent, "the folder of --file")
     with _one_thread():
-        found = {
-            layer.name: exact(layer)
-            for layer in tqdm(EXACT, desc="counting", unit="layer", ncols=80, leave=False, disable=None)
-        }
+        cases = tqdm(_exact_cases().items(), desc="counting", unit="layer", ncols=80, leave=False, disable=None)
+        found = {name: exact(*case) for name, case in cases}
         kept = networks()
         times = ratios(TIMED, rounds) if rounds else {}
         problems = too_large(kept)

@@ -18,30 +18,37 @@ from tdeconv.backends import choose
 from tdeconv.bench.cases import Layer
 
 PAPER_FILE = Path("models") / "deconv.py"
+OURS = ("torch", "triton")
+STALE = " stale"  # ends the names of those whose training step uses the running statistics
 NAMES = (  # in this order everywhere
     *("conv_bn_relu", "conv_bn_relu_compiled", "reference", "paper"),
-    *("torch", "torch_compiled", "triton", "triton_compiled"),
+    *(f"{name}{how}{kind}" for name in OURS for how in ("", "_compiled") for kind in ("", STALE)),
 )
-OURS = ("torch", "triton")
 
 
 @dataclass(frozen=True)
 class Implementation:
     """A way to run layers and networks. Those of one ``method`` take the same state_dict and give the same answers.
 
-    ``build`` makes a layer; ``convert`` turns a network with batch norm into this implementation's.
+    ``build`` makes a layer; ``convert`` turns a network with batch norm, and options of :func:`tdeconv.convert_deconv`,
+    into this implementation's. ``stale``: its training steps use the running statistics, as constants.
     """
 
     name: str
     method: str
     build: Callable[[Layer], nn.Module]
-    convert: Callable[[nn.Module], nn.Module]
+    convert: Callable[..., nn.Module]
     compiled: bool = False
+    stale: bool = False
     layouts: tuple[str, ...] = ("contiguous", "channels_last")
 
     def ready(self, module: nn.Module) -> nn.Module:
         """What is called: the module, compiled where that is the implementation."""
         return Compiled(module) if self.compiled else module
+
+    def in_stale_steps(self) -> Implementation:
+        """The same, stale: another method, since its answers are others."""
+        return replace(self, name=self.name + STALE, method=self.method + STALE, stale=True)
 
 
 class Compiled(nn.Module):
@@ -89,12 +96,17 @@ def _deconv(name: str, layouts: tuple[str, ...] = ("contiguous", "channels_last"
         sizes = (layer.in_channels, layer.out_channels, layer.kernel)
         return nn.Sequential(FastDeconv(*sizes, **_options(layer), backend=name), nn.ReLU())
 
-    return Implementation(name, "deconv", build, lambda model: convert_deconv(model, backend=name), layouts=layouts)
+    def convert(model: nn.Module, **options: Any) -> nn.Module:
+        return convert_deconv(model, backend=name, **options)
+
+    return Implementation(name, "deconv", build, convert, layouts=layouts)
 
 
-CONV_BN_RELU = Implementation("conv_bn_relu", "conv_bn_relu", _conv_bn_relu, lambda model: model)
+CONV_BN_RELU = Implementation("conv_bn_relu", "conv_bn_relu", _conv_bn_relu, lambda model, **_: model)
 REFERENCE = _deconv("reference", layouts=("contiguous",))  # unfold, products, autograd
-ORACLES = {oracle.method: oracle for oracle in (CONV_BN_RELU, REFERENCE)}  # what each method's answers are
+ORACLES = {  # what each method's answers are
+    oracle.method: oracle for oracle in (CONV_BN_RELU, REFERENCE, REFERENCE.in_stale_steps())
+}
 
 
 def implementations(
@@ -104,7 +116,7 @@ def implementations(
     paper_code: Path | None = None,
     compiled: bool = True,
 ) -> tuple[Implementation, ...]:
-    """All that can run on ``device``, in the order of ``NAMES``.
+    """All that can run on ``device``, in the order of ``NAMES``; this package's fast ones in both kinds of step.
 
     Args:
         backends: those of this package's fast ones that must be there; none: all that can run.
@@ -121,8 +133,10 @@ def implementations(
     paper = [] if paper_code is None else [_paper(paper_code)]
     eager = [CONV_BN_RELU, REFERENCE, *paper, *ours]
     if compiled and why_not_compiled(device) is None:
-        eager += [replace(one, name=f"{one.name}_compiled", compiled=True) for one in (CONV_BN_RELU, *ours)]
-    return tuple(sorted(eager, key=lambda one: NAMES.index(one.name)))
+        compiled_ones = [replace(one, name=f"{one.name}_compiled", compiled=True) for one in (CONV_BN_RELU, *ours)]
+        eager, ours = [*eager, *compiled_ones], [*ours, *compiled_ones[1:]]
+    both = [*eager, *(one.in_stale_steps() for one in ours)]
+    return tuple(sorted(both, key=lambda one: NAMES.index(one.name)))
 
 
 def _fast(device: torch.device) -> Iterable[str]:
@@ -144,9 +158,9 @@ def _paper(checkout: Path) -> Implementation:
         sizes = (layer.in_channels, layer.out_channels, layer.kernel)
         return nn.Sequential(module.FastDeconv(*sizes, **_options(layer)), nn.ReLU())
 
-    def convert(model: nn.Module) -> nn.Module:
+    def convert(model: nn.Module, **options: Any) -> nn.Module:
         """The converted network, with the paper's layer in every place."""
-        model = convert_deconv(model, backend="torch")
+        model = convert_deconv(model, backend="torch", **options)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is FastDeconv:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from tdeconv.bench.clock import Clock, CpuClock
 from tdeconv.bench.implementations import ORACLES, Implementation
 from tdeconv.bench.measure import Prepared, Variant
 from tdeconv.bench.steps import FORMATS, about, autocast
+from tdeconv.convert import convert_deconv
 from tdeconv.named_models import load_model
+from tdeconv.schedule import every_step
 
 TOLERANCE = 2e-5  # what a network's outputs may be off where the reference itself is exact, relative
 TIMES = 10.0  # how many times the reference's own error they may
@@ -25,19 +28,24 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Network:
-    """A name that :func:`tdeconv.named_models.load_model` knows, and images ``(batch, 3, size, size)``."""
+    """A name that :func:`tdeconv.named_models.load_model` knows, images ``(batch, 3, size, size)``, and the block that
+    it is converted with, if not the conversion's own."""
 
     name: str
     batch: int
     size: int
+    block: int | None = None
 
 
 @dataclass
 class Problem:
-    """A network with batch norm and its images, both float32."""
+    """A network with batch norm and its images, both float32; how to convert it, and its converted state behind a
+    training step."""
 
     model: nn.Module
     x: Tensor
+    options: Mapping[str, Any]
+    state: Mapping[str, Tensor]
 
 
 def problem(what: Network, device: torch.device | str = "cpu") -> Problem:
@@ -61,24 +69,29 @@ def problem(what: Network, device: torch.device | str = "cpu") -> Problem:
         raise ValueError(f"--model {what.name} does not take images {tuple(x.shape)}: {error}") from None
     if not isinstance(output, Tensor):
         raise ValueError(f"--model {what.name} must give one tensor, got {type(output).__name__}")
-    return Problem(model, x)
+    options = {} if what.block is None else {"block": what.block}
+    converted = convert_deconv(copy.deepcopy(model), **options).train()
+    with torch.no_grad():
+        converted(x)
+    return Problem(model, x, options, converted.state_dict())
 
 
 class Step:
-    """Forward, and backward from the mean of the output's squares to the parameters."""
+    """Forward, and backward from the mean of the output's squares to the parameters; fresh or stale."""
 
     saved_bytes: int  # for backward; known after the first forward
 
-    def __init__(self, model: nn.Module, x: Tensor, call: nn.Module | None = None) -> None:
-        self.model, self.call, self.x = model.train(), call or model, x
+    def __init__(self, model: nn.Module, x: Tensor, call: nn.Module | None = None, stale: bool = False) -> None:
+        self.model, self.call, self.x, self.stale = model.train(), call or model, x, stale
 
     def run(self, clock: Clock) -> dict[str, float]:
-        start = clock.mark()
-        with autocast(self.x.device, self.x.dtype):
-            y = self.call(self.x)
-        forward = clock.mark()
-        y.float().square().mean().backward()
-        end = clock.mark()
+        with every_step(self.model.modules(), fresh=not self.stale):
+            start = clock.mark()
+            with autocast(self.x.device, self.x.dtype):
+                y = self.call(self.x)
+            forward = clock.mark()
+            y.float().square().mean().backward()
+            end = clock.mark()
         seconds = {"forward": clock.seconds(start, forward), "step": clock.seconds(start, end)}
         self.forget()  # the next implementation needs the memory
         return seconds
@@ -88,23 +101,33 @@ class Step:
 
     def first_forward(self) -> Tensor:
         """The output; counts ``saved_bytes``."""
-        with autocast(self.x.device, self.x.dtype):
+        with every_step(self.model.modules(), fresh=not self.stale), autocast(self.x.device, self.x.dtype):
             y, self.saved_bytes = memory.forward_counted(self.call, self.x)
         return y.detach()
 
 
+def _network(p: Problem, one: Implementation) -> nn.Module:
+    """An implementation's network; for a stale step with running statistics that are not where they start."""
+    model = one.convert(copy.deepcopy(p.model), **p.options)
+    if one.stale:
+        model.load_state_dict(p.state)
+    return model.train()
+
+
 def step_of(p: Problem, one: Implementation, variant: Variant) -> Step:
     """An implementation's step, from the problem's weights, which stay in float32: half precision is autocast's."""
-    model = one.convert(copy.deepcopy(p.model)).to(memory_format=FORMATS[variant.layout])
+    model = _network(p, one).to(memory_format=FORMATS[variant.layout])
     x = p.x.to(getattr(torch, variant.dtype)).contiguous(memory_format=FORMATS[variant.layout])
-    return Step(model, x, one.ready(model))
+    return Step(model, x, one.ready(model), one.stale)
 
 
 def _oracle(p: Problem, method: str, x: Tensor) -> Tensor:
     """The outputs of a method's oracle in the dtype of ``x``."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    model = ORACLES[method].convert(copy.deepcopy(p.model)).to(torch.float32 if half else x.dtype).train()
-    with torch.no_grad(), autocast(x.device, x.dtype):  # a deep network's graph takes many times its outputs' memory
+    oracle = ORACLES[method]
+    model = _network(p, oracle).to(torch.float32 if half else x.dtype)
+    # a deep network's graph takes many times its outputs' memory
+    with torch.no_grad(), every_step(model.modules(), fresh=not oracle.stale), autocast(x.device, x.dtype):
         return model(x)
 
 

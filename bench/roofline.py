@@ -154,9 +154,11 @@ def triangle(features: int) -> int:
     return features * features * (features + 1)
 
 
-def works(shape: Shape) -> list[Work]:
-    """Every stage, forward and backward (performance.md's table)."""
-    return [*_moments(shape), *_root(shape), *_fold(shape), *_convolve(shape)]
+def works(shape: Shape, stale: bool = False) -> list[Work]:
+    """Every stage, forward and backward (performance.md's table); of a stale step there are the fold and the
+    convolution, and no gradient goes through the statistics."""
+    statistics = [] if stale else [*_moments(shape), *_root(shape)]
+    return [*statistics, *_fold(shape, shape.input_grad and not stale), *_convolve(shape)]
 
 
 def _moments(shape: Shape) -> list[Work]:
@@ -183,13 +185,13 @@ def _root(shape: Shape) -> list[Work]:
     return [forward, Work("inverse_sqrt", "backward", 3 * matrix, 2 * count * each, stat, chain)]
 
 
-def _fold(shape: Shape) -> list[Work]:
-    """Backward: the weight's gradient, and the root's where the input has one."""
+def _fold(shape: Shape, statistics: bool) -> list[Work]:
+    """Backward: the weight's gradient, and the root's where one goes through the statistics."""
     geo, stat = shape.geo, statistics_dtype(shape.dtype)
     matrix, weights = geo.groups * geo.features**2 * stat.itemsize, shape.weights
     operations = 2 * weights * geo.features
     forward = Work("fold", "forward", weights * (shape.dtype.itemsize + stat.itemsize) + matrix, operations, stat)
-    sides = 2 if shape.input_grad else 1
+    sides = 2 if statistics else 1
     moved = weights * (stat.itemsize + sides * shape.dtype.itemsize) + sides * matrix
     return [forward, Work("fold", "backward", moved, sides * operations, stat)]
 

@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=positive_int, metavar="N", help="rounds of every measurement (default: the set's)")
     add("--batch", type=positive_int, metavar="N", help="batch size (default: the set's)")
     add("--size", type=positive_int, metavar="N", help="height and width of the images (default: the set's)")
+    block = "channels whitened together; several are measured side by side (default: 64, a converted network's own)"
+    add("--block", action="append", type=positive_int, metavar="N", help=block)
+    interval = (
+        "report the mean step with statistics in every Kth only: of a fresh step, which takes them, and K-1 stale ones "
+        "(default 10; may be repeated)"
+    )
+    add("--stats-interval", action="append", type=positive_int, metavar="K", help=interval)
     add("--layout", action="append", choices=tuple(FORMATS), help="memory layout (default: the set's)")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", action="append", choices=dtypes, help="half precision by autocast (default: the set's)")
@@ -95,6 +102,8 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no GPU")
+    if args.block and args.set == "scaling":
+        raise ValueError("--block is one of the sizes that --scaling varies; give it with another set")
     if args.fail_above is not None and args.compare is None:
         raise ValueError("--fail-above needs --compare FILE, the results to compare with")
     try:
@@ -172,8 +181,8 @@ def _command(args: argparse.Namespace, json_path: str) -> list[str]:
     for option in ("rounds", "batch", "size", "model"):
         if (value := getattr(args, option)) is not None:
             command.append(f"--{option}={value}")
-    for option in ("backend", "layout", "dtype"):
-        command += [f"--{option}={value}" for value in getattr(args, option) or ()]
+    for option in ("backend", "block", "stats-interval", "layout", "dtype"):
+        command += [f"--{option}={value}" for value in getattr(args, option.replace("-", "_")) or ()]
     if args.paper_code is not None:
         command.append(f"--paper-code={args.paper_code.resolve()}")
     return command + (["-k", args.select] if args.select else [])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from tdeconv.bench.cases import NETWORKS, Layer
+from tdeconv.bench.implementations import NAMES
 from tdeconv.bench.nets import Network
 from tdeconv.bench.scaling import AXES
 
@@ -27,6 +29,8 @@ class Options:
     size: int | None = None
     rounds: int | None = None
     model: str | None = None
+    blocks: tuple[int, ...] | None = None
+    intervals: tuple[int, ...] | None = None
     layouts: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     oracle: str | None = None
@@ -46,6 +50,7 @@ class Plan:
     stage_implementations: tuple[str, ...] = ("reference", "torch", "triton")
     layouts: tuple[str, ...] = ("contiguous", "channels_last")
     dtypes: tuple[str, ...] = ("float32",)
+    intervals: tuple[int, ...] = (10,)  # over which the mean of fresh and stale steps is reported
     rounds: int = 12
     oracle: str = "float64"
 
@@ -59,7 +64,7 @@ def plan(name: str, device: torch.device, options: Options) -> Plan:
     if name not in SETS:
         raise ValueError(f"set must be one of {', '.join(SETS)}, got {name!r}")
     made = _PLANS[name](device.type == "cuda", options)
-    keys = ("layouts", "dtypes", "rounds", "oracle")
+    keys = ("layouts", "dtypes", "intervals", "rounds", "oracle")
     given = {key: value for key in keys if (value := getattr(options, key)) is not None}
     return replace(made, name=name, **given)
 
@@ -74,24 +79,38 @@ def _layers(gpu: bool, options: Options, names: tuple[str, ...]) -> dict[str, tu
     for name in names:
         size = options.size or (GPU_SIZE if gpu else LAYER_SIZE[name])
         batch = options.batch or (GPU_BATCH if gpu else BATCH[name])
-        found |= {f"{name} {layer.name}": (layer, batch) for layer in NETWORKS[name](size)}
+        for layer in NETWORKS[name](size):
+            if options.blocks is None:
+                found[f"{name} {layer.name}"] = (layer, batch)
+            for block in options.blocks or ():  # as layers of as many networks
+                network = f"{name} block {block}"
+                found[f"{network} {layer.name}"] = (replace(layer, network=network, block=block), batch)
     return found
 
 
-def _network(name: str, gpu: bool, options: Options, batch: int = MODEL_BATCH, size: int = MODEL_SIZE) -> Network:
-    return Network(name, options.batch or (GPU_BATCH if gpu else batch), options.size or (GPU_SIZE if gpu else size))
+def _networks(names: Sequence[str], gpu: bool, options: Options) -> dict[str, Network]:
+    """Each of the names, in each of the blocks asked for."""
+    batch, size = (
+        options.batch or (GPU_BATCH if gpu else MODEL_BATCH),
+        options.size or (GPU_SIZE if gpu else MODEL_SIZE),
+    )
+    return {
+        name if block is None else f"{name} block {block}": Network(name, batch, size, block)
+        for name in names
+        for block in options.blocks or (None,)
+    }
 
 
 def _quick(gpu: bool, options: Options) -> Plan:
     layers = _layers(gpu, options, ("vgg11",))
-    compiled = ("conv_bn_relu_compiled", "torch_compiled", "triton_compiled") if gpu else ()  # compiling takes a minute
+    shown = [name for name in NAMES if gpu or "compiled" not in name]  # compiling takes a minute
     return Plan(
         "quick",
         layers=layers,
         stages=layers,
-        networks={"resnet18": _network("resnet18", gpu, options)} if has_torchvision() else {},
-        implementations=("conv_bn_relu", "reference", "paper", "torch", "triton", *compiled),
-        network_implementations=("conv_bn_relu", "paper", "torch", "triton", *compiled),
+        networks=_networks(["resnet18"], gpu, options) if has_torchvision() else {},
+        implementations=tuple(shown),
+        network_implementations=tuple(name for name in shown if name != "reference"),
         stage_implementations=("torch", "triton"),
         layouts=_native(gpu),
         dtypes=_dtypes(gpu),
@@ -108,14 +127,14 @@ def _all_layers(gpu: bool, options: Options) -> Plan:
 
 
 def _models(gpu: bool, options: Options) -> Plan:
-    networks = {name: _network(name, gpu, options) for name in MODELS}
+    networks = _networks(MODELS, gpu, options)
     return Plan("models", networks=networks, layouts=_native(gpu), dtypes=_dtypes(gpu), rounds=6)
 
 
 def _model(gpu: bool, options: Options) -> Plan:
     if options.model is None:
         raise ValueError("the set 'model' needs the name of a model")
-    networks = {options.model: _network(options.model, gpu, options)}
+    networks = _networks([options.model], gpu, options)
     return Plan("model", networks=networks, layouts=_native(gpu), dtypes=_dtypes(gpu), rounds=6)
 
 

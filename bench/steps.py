@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tdeconv.bench import cases, measure, memory, roofline
 from tdeconv.bench.cases import Layer
 from tdeconv.bench.clock import Clock, CpuClock
-from tdeconv.bench.implementations import ORACLES, Implementation
+from tdeconv.bench.implementations import ORACLES, STALE, Implementation
 from tdeconv.bench.measure import Prepared, Variant
+from tdeconv.schedule import every_step
 
 KINDS = ("forward", "step")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -23,6 +24,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 # rounding does not change which ones pass.
 NEAR_ZERO = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 TIMES = 4.0  # how many times plain torch's own error in half precision an answer's may be
+FEW = 4  # images whose statistics are a stale step's
 
 
 @dataclass
@@ -39,7 +41,10 @@ def problem(layer: Layer, batch: int, device: torch.device | str = "cpu") -> Pro
     torch.manual_seed(1)
     modules = {method: oracle.build(layer).to(device) for method, oracle in ORACLES.items()}
     grad = torch.randn(batch, layer.out_channels, layer.out_size, layer.out_size)
-    return Problem(layer, cases.activations(layer, batch).to(device), grad.to(device), modules)
+    x = cases.activations(layer, batch).to(device)
+    with torch.no_grad():  # or the root would be the identity, and the mean zero
+        modules["deconv" + STALE].train()(x[:FEW])
+    return Problem(layer, x, grad.to(device), modules)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -52,6 +57,7 @@ class Step:
 
     Args:
         call: what runs the module, if not the module itself: its compiled form.
+        stale: whether deconvolution layers use their running statistics; else all take the batch's.
     """
 
     saved_bytes: int  # for backward; known after the first step
@@ -63,26 +69,32 @@ class Step:
         grad: Tensor,
         input_grad: bool,
         call: nn.Module | None = None,
+        stale: bool = False,
     ) -> None:
-        self.module = module.train()
+        self.module, self.stale = module.train(), stale
         self.call = call or module
         self.x = x.detach().requires_grad_(input_grad)
         self.grad = grad
 
+    def kind(self) -> AbstractContextManager[None]:
+        """Within, the module's steps are of this step's kind."""
+        return every_step(self.module.modules(), fresh=not self.stale)
+
     def run(self, clock: Clock) -> dict[str, float]:
         self.forget()
-        start = clock.mark()
-        with autocast(self.x.device, self.x.dtype):
-            y = self.call(self.x)
-        forward = clock.mark()
-        y.backward(self.grad)
-        end = clock.mark()
+        with self.kind():
+            start = clock.mark()
+            with autocast(self.x.device, self.x.dtype):
+                y = self.call(self.x)
+            forward = clock.mark()
+            y.backward(self.grad)
+            end = clock.mark()
         return {"forward": clock.seconds(start, forward), "step": clock.seconds(start, end)}
 
     def first_step(self) -> list[Tensor]:
         """Output, gradients and running statistics of one step; counts ``saved_bytes``."""
         self.forget()
-        with autocast(self.x.device, self.x.dtype):
+        with self.kind(), autocast(self.x.device, self.x.dtype):
             y, self.saved_bytes = memory.forward_counted(self.call, self.x)
         # from now on the gradient has the layout of the output, as the next layer would give it
         self.grad = torch.empty_like(y).copy_(self.grad)
@@ -101,20 +113,21 @@ def step_of(p: Problem, one: Implementation, variant: Variant) -> Step:
     module.load_state_dict(p.modules[one.method].state_dict())
     module = module.to(memory_format=FORMATS[variant.layout])
     x = p.x.to(getattr(torch, variant.dtype)).contiguous(memory_format=FORMATS[variant.layout])
-    return Step(module, x, p.grad, p.layer.input_grad, one.ready(module))
+    return Step(module, x, p.grad, p.layer.input_grad, one.ready(module), one.stale)
 
 
 def oracle_answers(p: Problem, method: str, dtype: torch.dtype) -> list[Tensor]:
     """What a method's oracle answers to :meth:`Step.first_step`; in half precision by autocast."""
     half = dtype in (torch.bfloat16, torch.float16)
     module = copy.deepcopy(p.modules[method]).to(torch.float32 if half else dtype)
-    return Step(module, p.x.to(dtype), p.grad.to(dtype), p.layer.input_grad).first_step()
+    stale = ORACLES[method].stale
+    return Step(module, p.x.to(dtype), p.grad.to(dtype), p.layer.input_grad, stale=stale).first_step()
 
 
 def away_from_zero(p: Problem, method: str, dtype: torch.dtype) -> Problem:
     """The same problem, without gradient where the method's outputs are next to the ReLU's jump."""
     *rest, _ = copy.deepcopy(p.modules[method]).train()
-    with torch.no_grad():
+    with torch.no_grad(), every_step(rest, fresh=not ORACLES[method].stale):
         before = nn.Sequential(*rest)(p.x)
     return replace(p, grad=p.grad * (before.abs() > NEAR_ZERO[dtype] * before.std()))
 
@@ -178,6 +191,7 @@ def counted(layer: Layer, batch: int, dtype: str) -> roofline.Shape:
 def floors(layer: Layer, method: str, batch: int, dtype: str, ceilings: roofline.Ceilings) -> dict[str, dict[str, Any]]:
     """For each kind, what the layer must cost at least: bytes, operations, seconds and what bounds them."""
     shape = counted(layer, batch, dtype)
-    found = roofline.works(shape) if method == "deconv" else roofline.conv_bn_relu(shape)
+    stale = ORACLES[method].stale
+    found = roofline.conv_bn_relu(shape) if method == "conv_bn_relu" else roofline.works(shape, stale)
     forward = [work for work in found if work.direction == "forward"]
     return {kind: roofline.total(works, ceilings) for kind, works in (("forward", forward), ("step", found))}

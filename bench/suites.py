@@ -29,6 +29,13 @@ class Session(NamedTuple):
         """Those of these names that can run; all, if there are no names."""
         return [one for one in self.everyone if not names or one.name in names]
 
+    def one(self, name: str) -> Implementation:
+        return next(one for one in self.everyone if one.name == name)
+
+    def intervals(self, name: str) -> dict[str, list[int]]:
+        """Of a stale step's row: the intervals over which its mean with fresh ones is reported."""
+        return {"stats_intervals": list(self.plan.intervals)} if self.one(name).stale else {}
+
     def variants(self, names: Sequence[str]) -> Iterator[Variant]:
         for one in self.shown(names):
             for layout in [x for x in self.plan.layouts if x in one.layouts] or one.layouts[:1]:
@@ -60,8 +67,7 @@ def _problem(layer: Layer, batch: int, device: torch.device) -> steps.Problem:
 
 
 def _chosen(session: Session, variants: Sequence[Variant]) -> list[tuple[Implementation, Variant]]:
-    by_name = {one.name: one for one in session.everyone}
-    return [(by_name[variant.implementation], variant) for variant in variants]
+    return [(session.one(variant.implementation), variant) for variant in variants]
 
 
 def _prepare_layer(session: Session, case: str, variants: Sequence[Variant]) -> Iterator[tuple[Variant, Prepared]]:
@@ -75,9 +81,8 @@ def _of_layer(layer: Layer) -> dict[str, Any]:
 
 def _about_layer(session: Session, row: Row, ceilings: Ceilings) -> dict[str, Any]:
     layer, batch = session.plan.layers[row.case]
-    (method,) = (one.method for one in session.everyone if one.name == row.implementation)
-    floor = steps.floors(layer, method, batch, row.dtype, ceilings)[row.part]
-    return {"suite": "layer", **_of_layer(layer), "kind": row.part, **floor}
+    floor = steps.floors(layer, session.one(row.implementation).method, batch, row.dtype, ceilings)[row.part]
+    return {"suite": "layer", **_of_layer(layer), "kind": row.part, **session.intervals(row.implementation), **floor}
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -131,7 +136,8 @@ def _prepare_model(session: Session, case: str, variants: Sequence[Variant]) -> 
 
 
 def _about_model(session: Session, row: Row, ceilings: Ceilings) -> dict[str, Any]:
-    return {"suite": "model", "network": row.case, "case": row.case, "count": 1, "kind": row.part}
+    about = {"suite": "model", "network": row.case, "case": row.case, "count": 1, "kind": row.part}
+    return {**about, **session.intervals(row.implementation)}
 
 
 # ------------------------------------------------------------------------------------------------------------ scaling

@@ -154,12 +154,11 @@ class ChannelDeconv(Scheduled):
 
     def _update(self, statistics: list[Tensor], news: Tensor) -> None:
         buffers, count = self._buffers_averaged(), self.num_batches_tracked
-        momentum = self._share()
-        if momentum is None:
+        if self.momentum is None:
             shares = running.average_share(self.num_updates, statistics[0].dtype)
         else:
-            first = torch.ones_like(statistics[-1])
-            shares = torch.where(count == 0, first, first * momentum).expand(2, 1)
+            share: Any = self._share()  # a number or a tensor, both of which torch.where takes
+            shares = torch.where(count == 0, torch.ones_like(statistics[-1]), share).expand(2, 1)
         parts = zip((slice(0, 2), slice(2, 4)), shares, news, strict=True)
         made = torch.stack([running.update_(buffers[at], statistics[at], share, counts) for at, share, counts in parts])
         count.add_(made[0])

@@ -88,7 +88,7 @@ def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _go(layers: list[Scheduled], places: list[Any]) -> None:
-    """To these places: of the next step, by which a compiled layer goes, and of the next recomputation."""
+    """To these places in the schedules: of the next step, which a compiled layer goes by, and of the recomputation."""
     for layer, both in zip(layers, places, strict=True):
         layer._places, layer._replayed = both
 

@@ -163,5 +163,7 @@ def _before_statistics(
         grad_x, grad_folded, grad_bias = stages.convolve_backward(grad, x, folded, geo, need_x)
     grad_folded, grad_bias = grad_folded.to(mean.dtype), grad_bias.to(mean.dtype)
     with exact_products():
-        grad_weight, *grads = stages.fold_backward(grad_folded, grad_bias, weight, mean, deconv, geo, need_statistics)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *grads
+        grad_weight, grad_mean, grad_deconv = stages.fold_backward(
+            grad_folded, grad_bias, weight, mean, deconv, geo, need_statistics
+        )
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_mean, grad_deconv

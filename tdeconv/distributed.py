@@ -43,8 +43,9 @@ def convert_sync_deconv(module: Module, process_group: Any = None) -> Module:
 
     Every rank of the group has to call this, with the same layers, and then to run them in the same order and mode;
     where one does not, the others wait for it until the process group's timeout. So that all take statistics in the
-    same steps, their counts of steps become those of the group's first rank, which may have loaded a checkpoint. A
-    layer with a 1x1 kernel samples every k-th pixel of each rank's batch from that rank's first one on, as does
+    same steps, their counts of steps become those of the group's first rank, which may have loaded a checkpoint.
+
+    A layer with a 1x1 kernel samples every k-th pixel of each rank's batch from that rank's first one on, as does
     :class:`tdeconv.ChannelDeconv`.
 
     Args:

@@ -63,6 +63,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _choices_of_no_cpu() -> Iterator[None]:
+    """The same code on every CPU: torch's products, and tdeconv's convolutions."""
+    with importlib.import_module("tdeconv.torch_backend.measured").fixed(onednn=False, products=True):
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For small sizes: threads, LAPACK's above all, wait for one another many times longer than one alone takes."""

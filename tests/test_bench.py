@@ -6,6 +6,7 @@ import copy
 import itertools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,8 @@ def test_all_implementations_agree_and_are_timed(layer: Layer, checkout: Path) -
     wanted = _wanted(_everyone(checkout))
     works = dict(steps.prepare(steps.problem(layer, 3), wanted))
     assert set(works) == {variant for _, variant in wanted}
-    assert {variant.implementation for variant in works} == {"conv_bn_relu", "reference", "paper", "torch"}
+    names = {"conv_bn_relu", "reference", "paper", "torch", "torch stale"}
+    assert {variant.implementation for variant in works} == names
     for variant, prepared in works.items():
         assert 0 < prepared.info["error"] < measure.TOLERANCE
         assert prepared.info["shape"] == [3, layer.in_channels, 7, 7]
@@ -220,6 +222,56 @@ def test_all_implementations_agree_and_are_timed(layer: Layer, checkout: Path) -
         assert work.run(CountingClock()) == {"forward": 1, "step": 2}
         assert (work.x.grad is not None) == layer.input_grad
         assert work.grad.is_contiguous(memory_format=steps.FORMATS[variant.layout])
+
+
+@LAYERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stale_step_s_answers_are_those_of_an_evaluation_with_gradients(layer: Layer, dtype: torch.dtype) -> None:
+    problem = steps.problem(layer, 3)
+    method = "deconv" + implementations.STALE
+    y, *grads = steps.oracle_answers(problem, method, dtype)
+    module = copy.deepcopy(problem.modules[method]).to(dtype).eval()
+    x = problem.x.to(dtype).requires_grad_(layer.input_grad)
+    expected = module(x)
+    expected.backward(problem.grad.to(dtype))
+    wanted = [expected, *(t.grad for t in (x, *module.parameters()) if t.grad is not None)]
+    statistics = [b for b in module.buffers() if b.is_floating_point()]
+    for got, want in zip([y, *grads], [*wanted, *statistics], strict=True):
+        torch.testing.assert_close(got, want)
+    root = module[0].running_deconv
+    assert not torch.equal(root, torch.eye(len(root), dtype=dtype))
+
+
+def _of_name(name: str) -> implementations.Implementation:
+    return next(one for one in _everyone() if one.name == name)
+
+
+@pytest.mark.parametrize(("named", "method"), [("torch", "deconv stale"), ("torch stale", "deconv")])
+def test_the_wrong_kind_of_step_is_not_timed(named: str, method: str, network: nets.Network) -> None:
+    one = replace(_of_name(named), method=method)
+    with pytest.raises(AssertionError, match=f"{named}: relative errors"):
+        list(steps.prepare(steps.problem(TINY, 3), _wanted([one])))
+    with pytest.raises(AssertionError, match=f"{named}: relative errors"):
+        list(nets.prepare(nets.problem(network), _wanted([one])))
+
+
+def test_steps_are_of_their_kind_in_every_round() -> None:
+    """However many there are, and whatever freezes."""
+    works = dict(steps.prepare(steps.problem(TINY, 3), _wanted([_of_name("torch"), _of_name("torch stale")])))
+    for variant, prepared in works.items():
+        work: Any = prepared.work
+        work.module[0].freeze_iter, work.module[0].freeze = 1, True
+        root = work.module[0].running_deconv.clone()
+        for _ in range(4):
+            before = work.module[0].running_deconv.clone()
+            work.run(clock.CpuClock())
+            assert torch.equal(before, work.module[0].running_deconv) == variant.implementation.endswith("stale")
+        assert torch.equal(root, work.module[0].running_deconv) == variant.implementation.endswith("stale")
+    fresh, stale = (works[Variant(name, "contiguous", "float32")].info for name in ("torch", "torch stale"))
+    # the input, the folded weight, and of D = 72 features the mean and the root's copy; the ReLU's output is not kept
+    assert stale["saved_bytes"] == 4 * (3 * 8 * 49 + 6 * 72 + 72 + 72 * 72)
+    assert stale["saved_bytes"] < fresh["saved_bytes"]
+    assert stale["allocations"] < fresh["allocations"]
 
 
 def test_what_is_near_the_relu_s_jump_gets_no_gradient() -> None:
@@ -279,7 +331,7 @@ def test_stages_are_timed_inside_a_step_that_is_right(layer: Layer, name: str) -
 def test_group_convolutions_are_not_cut_at_their_stages(name: str) -> None:
     with pytest.raises(ValueError, match="layer must have one group to be cut at its stages, got 8-6 3x3 in 2 groups"):
         list(stages.prepare(steps.problem(TINY_GROUPS, 3), [name]))
-    assert len(dict(steps.prepare(steps.problem(TINY_GROUPS, 3), _wanted(_everyone())))) == 5
+    assert len(dict(steps.prepare(steps.problem(TINY_GROUPS, 3), _wanted(_everyone())))) == 7
 
 
 def test_a_stage_called_twice_counts_twice() -> None:
@@ -349,7 +401,7 @@ def test_a_network_that_refuses_the_images_is_refused(network: nets.Network) -> 
 
 
 def test_a_network_with_wrong_outputs_is_not_timed(network: nets.Network) -> None:
-    def wrong(model: nn.Module) -> nn.Module:
+    def wrong(model: nn.Module, **options: Any) -> nn.Module:
         model: Any = implementations.REFERENCE.convert(model)
         model[0].eps = 1.0
         return model
@@ -404,10 +456,39 @@ def test_options_change_a_set() -> None:
     assert {(row.implementation, row.layout) for row in rows} == {
         ("conv_bn_relu", "channels_last"),
         ("torch", "channels_last"),
+        ("torch stale", "channels_last"),
         ("reference", "contiguous"),
     }
     assert {batch for _, batch in session.plan.layers.values()} == {2}
     assert {layer.size for layer, _ in session.plan.layers.values() if not layer.input_grad} == {16}
+
+
+def test_blocks_are_measured_side_by_side() -> None:
+    options = {"blocks": (8, 32), "intervals": (4,), "model": "resnet18"}
+    session = _session("layers", **options)
+    case = "vgg11 block 8 256-256 3x3 at 8"
+    assert {layer.block for layer, _ in session.plan.layers.values()} == {8, 32}
+    assert session.plan.layers[case][0].block == 8
+    row = Row(case, "torch stale", "contiguous", "float32", "step")
+    about = suites.BY_TEST["test_layer"].about(session, row, MADE_UP)
+    assert (about["network"], about["case"], about["stats_intervals"]) == (
+        "vgg11 block 8",
+        "256-256 3x3 at 8",
+        [4],
+    )
+    fresh = suites.BY_TEST["test_layer"].about(session, row._replace(implementation="torch"), MADE_UP)
+    assert "stats_intervals" not in fresh
+    assert about["operations"] < fresh["operations"]
+    networks = _session("model", **options).plan.networks
+    assert networks == {f"resnet18 block {b}": nets.Network("resnet18", 16, 128, b) for b in (8, 32)}
+
+
+def test_a_network_is_converted_in_the_block_asked_for(network: nets.Network) -> None:
+    problem = nets.problem(replace(network, block=1))
+    for one in (_of_name("torch"), _of_name("torch stale")):
+        ((variant, prepared),) = nets.prepare(problem, [(one, Variant(one.name, "contiguous", "float32"))])
+        work: Any = prepared.work
+        assert work.model[0].block == 1, variant
 
 
 def test_unknown_sets_are_refused() -> None:

@@ -21,6 +21,7 @@ FIRST = Layer(3, 4, 7, stride=2, input_grad=False)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers too small to time, no networks, and ratios that do not depend on the machine."""
     monkeypatch.setattr(guard, "EXACT", (TINY, FIRST))
+    monkeypatch.setattr(guard, "EXACT_STALE", (FIRST,))
     monkeypatch.setattr(guard, "TIMED", (TINY,))
     monkeypatch.setattr(guard, "networks", lambda: {"vgg11 float32": {"conv_bn_relu": 100, "torch": 60}})
     monkeypatch.setattr(guard, "device_name", lambda: "this machine")
@@ -65,6 +66,14 @@ def test_numbers_are_the_same_again_and_of_the_layer() -> None:
     assert first["backward_operators"] > first["forward_operators"] / 4
 
 
+def test_a_stale_step_keeps_no_factors_and_does_less() -> None:
+    with guard._one_thread():
+        fresh, stale = guard.exact(TINY), guard.exact(TINY, "torch stale")
+    # 8 images, D = 8 * 9: the input, the folded weight, the mean and the root's copy; ReLU keeps only its output
+    assert stale["saved_bytes"] == 4 * (8 * 8 * 49 + 6 * 72 + 72 + 72 * 72)
+    assert all(stale[what] < fresh[what] for what in fresh)
+
+
 def test_threads_are_as_before_even_after_an_error() -> None:
     before = torch.get_num_threads()
 
@@ -79,7 +88,8 @@ def test_threads_are_as_before_even_after_an_error() -> None:
 
 def test_the_committed_file_is_of_these_layers() -> None:
     held = guard.load(guard.FILE)
-    assert set(held["exact"]) == {layer.name for layer in guard.EXACT}
+    assert set(held["exact"]) == set(guard._exact_cases())
+    assert set(guard.EXACT_STALE) <= set(guard.EXACT)
     assert set(held["limits"]) == {layer.name for layer in guard.TIMED}
     rows = {(name, base) for name, of in held["limits"].items() for base in of}
     assert rows == {(layer.name, base) for layer in guard.TIMED for base in guard.BASELINES} - set(guard.NOT_HELD)
@@ -202,7 +212,7 @@ def test_what_cannot_be_checked(tiny: None, tmp_path: Path, capsys: pytest.Captu
 def test_what_cannot_be_read_or_written_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "exact", lambda layer: pytest.fail("it was measured"))
+    monkeypatch.setattr(guard, "exact", lambda *case: pytest.fail("it was measured"))
     (tmp_path / "file").touch()
     assert guard.main(["--file", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"tdeconv guard: --file {tmp_path} cannot be read: Is a directory\n"

@@ -230,6 +230,7 @@ def content(layers: list[dict[str, Any]], scale: float = 1.0) -> dict[str, Any]:
     other = 1000.0 * scale - sum(layer["total_s"] for layer in layers)
     ceilings = {"memory": 2e10, "launch": 3e-6, "matmul": {"float32": 9e10}}
     about = {"model": "nets:net", "converted": True, "input": [2, 3, 8, 8], "dtype": "float32", "layout": "contiguous"}
+    about |= {"step": "fresh"}
     about |= {
         "device": "a machine",
         "device_type": "cpu",
@@ -377,6 +378,26 @@ def test_a_profile_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
     assert set(data["layers"][1]["seconds"]["backward"]) == {*STAGES, "rest"}
     assert profile_tables.text(data) in out
     assert Path("out/profile.md").read_text() == profile_tables.markdown(data)
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_stale_step_is_profiled_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile("--model", "nets:pixels", "--size", "8") == 0
+    assert "a fresh training step (with its batch's statistics; " in " ".join(capsys.readouterr().out.split())
+    fresh = saved()
+    assert profile("--model", "nets:pixels", "--size", "8", "--step", "stale") == 0
+    out, stale = " ".join(capsys.readouterr().out.split()), saved()
+    assert "a stale training step (with the running statistics; forward and backward) of 4 x 2 x 8 x 8" in out
+    assert "fold conv rest fold conv rest total" in out
+    assert not {"mom.", "root", "inverse_sqrt:"} & set(out.split())
+    assert (fresh["step"], stale["step"]) == ("fresh", "stale")
+    for before, layer in zip(fresh["layers"], stale["layers"], strict=True):
+        for direction in ("forward", "backward"):
+            assert set(layer["seconds"][direction]) == {"fold", "convolve", "rest"}
+            assert set(layer["floors"][direction]) == {"fold", "convolve"}
+        assert set(layer["how"]) == {"fold", "convolve"}
+        assert layer["floor_s"] < before["floor_s"]
+    assert "# Where a training step's time goes" in Path("out/profile.md").read_text()
 
 
 @pytest.mark.usefixtures("nets")

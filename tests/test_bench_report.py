@@ -17,8 +17,8 @@ import pytest
 
 from tdeconv import cli
 from tdeconv.bench import results
+from tdeconv.bench.reports import answer, plots, ratios, readme, stage_tables, tables
 from tdeconv.bench.reports import command as report
-from tdeconv.bench.reports import plots, ratios, readme, stage_tables, tables
 
 CPU = {"device": "AMD EPYC", "cores": 2, "threads": 2, "driver": None, "triton": None}
 GPU = {"device": "NVIDIA H200", "cores": 16, "threads": 8, "driver": "575.1", "triton": "3.7.1"}
@@ -36,6 +36,7 @@ COST = {  # made up: a training step over that of conv + BN + ReLU
     "paper": 2.3,
     "torch": 1.25,
     "torch_compiled": 1.2,
+    "torch stale": 0.9,
     "triton": 1.0,
     "triton_compiled": 0.95,
 }
@@ -313,6 +314,92 @@ def test_a_ratio_is_of_the_layers_that_both_have_and_says_so() -> None:
     table = tables.headline(run_of(*rows))
     assert table is not None
     assert table.rows[1] == ["VGG-11, 3 layers: training step, torch", "0.50 (1 of 3 layers)"]
+
+
+def _kinds_of_step(baseline: float = 4.0, intervals: tuple[int, ...] = (10, 4), **info: Any) -> list[dict[str, Any]]:
+    """Of a layer: a fresh step of 8 seconds, a stale one of 2."""
+    return [
+        timed("a", "conv_bn_relu", baseline, **info),
+        timed("a", "torch", 8.0, saved_bytes=9, **info),
+        timed("a", "torch stale", 2.0, saved_bytes=5, stats_intervals=list(intervals), **info),
+    ]
+
+
+def test_fresh_and_stale_steps_and_their_means_are_compared_alike() -> None:
+    data = run_of(*_kinds_of_step())
+    found = {one.ours: one.value for one in ratios.ratios(data)}
+    assert found == {
+        "torch": 8 / 4,
+        "torch stale": 2 / 4,
+        "torch mean of 4 steps": pytest.approx((8 + 3 * 2) / 4 / 4),
+        "torch mean of 10 steps": pytest.approx((8 + 9 * 2) / 10 / 4),
+    }
+    table = tables.headline(data)
+    assert table is not None
+    assert table.rows[1:] == [
+        ["VGG-11, one layer: training step, torch", "2.00"],
+        ["VGG-11, one layer: training step, torch, stale", "0.50"],
+        ["VGG-11, one layer: training step, torch, mean of 4 steps", "0.88"],
+        ["VGG-11, one layer: training step, torch, mean of 10 steps", "0.65"],
+    ]
+    assert "K-1 stale ones" in table.caption
+    by_title = {table.title: table.rows for table in tables.layer_tables(data["benchmarks"])}
+    assert by_title["Training step, ms"] == [
+        ["layer", "conv+BN+ReLU", "torch", "torch, stale", "torch, mean of 4 steps", "torch, mean of 10 steps"],
+        ["a", "4000", "8000", "2000", "3500", "2600"],
+    ]
+    assert by_title["Training step, torch, mean of 10 steps over the others"][1:] == [["a", "0.65"]]
+    assert by_title["Kept for backward, MB"][0] == ["layer", "torch", "torch, stale"]  # no mean is kept
+
+
+def test_there_is_no_mean_without_both_kinds_of_step_measured_alike() -> None:
+    baseline, fresh, stale = _kinds_of_step()
+    for rows in ([baseline, stale], [baseline, {**fresh, "extra_info": {**fresh["extra_info"], "batch": 3}}, stale]):
+        assert not any("mean" in one.ours for one in ratios.ratios(run_of(*rows)))
+    forward = [{**row, "extra_info": {**row["extra_info"], "kind": "forward"}} for row in _kinds_of_step()]
+    assert [one.ours for one in ratios.ratios(run_of(*forward))] == ["torch", "torch stale"]
+
+
+def test_files_without_stale_steps_say_nothing_of_them() -> None:
+    data = made_up()
+    assert all("stale" not in table.markdown(2) for table in tables.tables(data))
+    assert tables.block_table(data) is None
+
+
+def test_cost_is_shown_by_block_and_by_interval() -> None:
+    rows = [
+        row
+        for block, baseline in ((16, 4.0), (64, 1.0))
+        for row in _kinds_of_step(baseline, suite="model", network=f"resnet18 block {block}", shape=[8, 3, 128, 128])
+    ]
+    data = run_of(*rows)
+    table = tables.block_table(data)
+    assert table is not None
+    assert table.rows == [
+        ["training step", "fresh", "stale", "mean of 4 steps", "mean of 10 steps"],
+        ["ResNet-18, block 16 at 128, whole", "2.00", "0.50", "0.88", "0.65"],
+        ["ResNet-18, block 64 at 128, whole", "8.00", "2.00", "3.50", "2.60"],
+    ]
+    assert "Cost by block and by how often statistics are taken" in tables.summary(data)
+
+
+def test_the_answer_has_the_mean_step() -> None:
+    steps = answer.steps_of([run_of(*_kinds_of_step())])
+    assert answer.lead("this CPU", steps, "torch") == (
+        "On this CPU, a training step with deconvolution (torch) takes 2.00 times as long as with conv+BN+ReLU, in a "
+        "mean of 4 steps 0.88, in a mean of 10 steps 0.65."
+    )
+    table = answer.answer_table(steps, "torch")
+    assert table.rows == [
+        [
+            "training step of torch, over that of",
+            "conv+BN+ReLU",
+            "conv+BN+ReLU: stale",
+            "conv+BN+ReLU: mean of 4 steps",
+            "conv+BN+ReLU: mean of 10 steps",
+        ],
+        ["VGG-11, one layer", "2.00", "0.50", "0.88", "0.65"],
+    ]
 
 
 def test_only_what_was_measured_alike_is_compared() -> None:

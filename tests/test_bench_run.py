@@ -49,9 +49,8 @@ def test_a_run_measures_and_saves(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["quick.json", "quick.md"]
     data = results.load(folder / "quick.json")
     rows = {(r["extra_info"]["implementation"], r["extra_info"]["kind"]): r for r in data["benchmarks"]}
-    assert set(rows) == {
-        (name, kind) for name in ("conv_bn_relu", "reference", "torch") for kind in ("forward", "step")
-    }
+    names = ("conv_bn_relu", "reference", "torch", "torch stale")
+    assert set(rows) == {(name, kind) for name in names for kind in ("forward", "step")}
     assert data["set"] == "quick"
     assert data["machine_info"]["node"] == ""
     assert data["machine_info"]["ceilings"]["matmul"]["float32"] > 1e8
@@ -66,7 +65,8 @@ def test_a_run_measures_and_saves(folder: Path) -> None:
         assert info["commit"]
         assert info["saved_bytes"] > 0
         assert info["allocations"] > 0
-    for name in ("conv_bn_relu", "reference", "torch"):
+    assert [name for (name, _), r in rows.items() if r["extra_info"].get("stats_intervals") == [10]] == [names[-1]] * 2
+    for name in names:
         forward, step = (min(rows[name, kind]["stats"]["data"]) for kind in ("forward", "step"))
         assert 0 < forward < step  # the fastest, as other programs can only slow a round down
     assert {row["group"] for row in rows.values()} == {"vgg11 3-64 3x3 at 32 forward", "vgg11 3-64 3x3 at 32 step"}
@@ -77,6 +77,7 @@ def test_a_run_measures_and_saves(folder: Path) -> None:
 def test_the_tables_are_printed_and_saved(folder: Path) -> None:
     text = (folder / "quick.md").read_text(encoding="utf-8")
     assert "training step" in text
+    assert "torch, mean of 10 steps" in text
     assert "conv+BN+ReLU" in text
 
 
@@ -103,7 +104,11 @@ def test_slower_than_before_fails_and_keeps_both(
 
 
 def test_as_fast_as_before_passes(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before there were stale steps, too."""
     slower = _with_medians(folder, tmp_path / "slower.json", lambda s: s * 1000)
+    data = json.loads(slower.read_text(encoding="utf-8"))
+    data["benchmarks"] = [r for r in data["benchmarks"] if r["extra_info"]["implementation"] != "torch stale"]
+    slower.write_text(json.dumps(data), encoding="utf-8")
     assert bench(*SMALL, "--out", tmp_path, "--compare", slower, "--fail-above", "10") == 0
     assert "Comparing against benchmarks" in capfd.readouterr().err
 
@@ -154,6 +159,7 @@ def test_what_cannot_be_measured_is_refused(
         ("--fail-above", "10%"): "--fail-above needs --compare FILE",
         ("--paper-code", tmp_path): "--paper-code must be a checkout of the paper's repository",
         ("--model", ""): "--model '': torchvision has no such model",
+        ("--scaling", "--block", "8"): "--block is one of the sizes that --scaling varies",
         (
             "--compare",
             tmp_path / "absent",
@@ -181,6 +187,8 @@ def test_without_a_gpu_what_needs_one_is_refused(
         (("--out", ""), "--out: must not be empty"),
         (("--compare", ""), "--compare: must not be empty"),
         (("--batch", "-3"), "--batch: must be at least 1, got -3"),
+        (("--block", "0"), "--block: must be at least 1, got 0"),
+        (("--stats-interval", "0"), "--stats-interval: must be at least 1, got 0"),
         (("--fail-above", "0%"), "--fail-above: must be a whole percentage from 1% to 99%, got 0%"),
         (("--fail-above", "2.5%"), "--fail-above: must be a whole percentage from 1% to 99%, got 2.5%"),
         (("--quick", "--layers"), "not allowed with"),

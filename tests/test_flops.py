@@ -31,14 +31,20 @@ def forward_and_backward(work: Callable[[], Tensor]) -> list[int]:
     return [forward, counted(lambda: output[0].sum().backward()).get("Global", 0)]
 
 
+def running_statistics(case: Case) -> tuple[Tensor, Tensor]:
+    groups, d = case.geo.groups, case.geo.features
+    return torch.zeros(groups * d), torch.eye(d).repeat(groups, 1, 1) if groups > 1 else torch.eye(d)
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
 @pytest.mark.parametrize("need_x", [True, False], ids=["input_gradient", "weights_only"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_step_counts_as_the_reference(case: Case, need_x: bool) -> None:
+def test_a_step_counts_as_the_reference(case: Case, need_x: bool, stale: bool) -> None:
     def step(backend: str) -> Tensor:
         x, weight, bias = case.tensors(torch.float32)
         layer = tdeconv.fast_deconv if case.rank else tdeconv.delinear
-        options = {**case.options(), "training": True, "backend": backend}
-        return layer(x.requires_grad_(need_x), weight.requires_grad_(), bias, **options)
+        options = {**case.options(), "training": True, "backend": backend, "stale": stale}
+        return layer(x.requires_grad_(need_x), weight.requires_grad_(), bias, *running_statistics(case), **options)
 
     assert forward_and_backward(lambda: step("torch")) == forward_and_backward(lambda: step("reference"))
 

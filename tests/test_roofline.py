@@ -47,6 +47,18 @@ def test_moments():
     assert work(DEPTHWISE, "patch_moments", "forward").operations == 6 * 9 * 3 * 4
 
 
+def test_a_stale_step_folds_and_convolves():
+    works = roofline.works(SMALL, stale=True)
+    assert [(w.stage, w.direction) for w in works] == [
+        (stage, way) for stage in ("fold", "convolve") for way in ("forward", "backward")
+    ]
+    forward, backward, *convolutions = works
+    assert forward == work(SMALL, "fold", "forward")
+    assert backward.operations == forward.operations  # the weight's gradient alone
+    assert backward.bytes == 360 * (4 + 2) + 36 * 36 * 4
+    assert convolutions == [work(SMALL, "convolve", way) for way in ("forward", "backward")]
+
+
 @pytest.mark.parametrize(("n_iter", "count", "chain"), [(1, 0, 1), (2, 2, 3), (5, 10, 9), (15, 35, 29)])
 def test_products_of_the_inverse_root(n_iter, count, chain):
     assert roofline.products(n_iter) == (count, chain)

@@ -20,7 +20,7 @@ from helpers import (
 )
 from tdeconv import ops, reference
 from tdeconv.bench import memory
-from tdeconv.torch_backend import chunks, patches
+from tdeconv.torch_backend import chunks, gemm, measured, patches
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 SPECTRUM = pytest.mark.parametrize("spectrum", SPECTRA, ids=lambda s: s.name)
@@ -185,6 +185,16 @@ def test_layer(case, dtype, backend):
     bound = tolerance(case, dtype, expected, by_reference, sizes)
     assert_close(actual, expected, bound, sizes)
     assert_close(actual, by_reference, bound, sizes)
+
+
+@CASE
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("products", [True, False])
+def test_layer_on_any_cpu(case, onednn, products, monkeypatch):
+    """Whatever was measured on a CPU, of which the other tests fix one answer; oneDNN for small products, too."""
+    monkeypatch.setattr(gemm, "_LARGE", 0)
+    with measured.fixed(onednn=onednn, products=products):
+        test_layer(case, torch.float32, "torch")
 
 
 @CASE

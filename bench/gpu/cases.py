@@ -143,14 +143,15 @@ def tuned_units(small: bool) -> list[Unit]:
 
 
 VARIANTS = (
-    *("conv_bn compiled", "triton compiled", "triton eager", "triton eager barrier"),
+    *("conv_bn compiled", "triton compiled", "triton compiled stale"),
+    *("triton eager", "triton eager stale", "triton eager barrier"),
     *("conv_bn eager", "torch eager", "reference eager"),
 )
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network's training step as one variant does it."""
+    """A network's training step as one variant does it; a stale one uses the running statistics."""
 
     network: str
     batch: int

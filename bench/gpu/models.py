@@ -18,6 +18,7 @@ from bench.gpu import timing as gpu_time
 from bench.gpu.cases import Model, models
 from bench.gpu.kernels import Options, Row
 from tdeconv import convert_deconv
+from tdeconv.schedule import every_step
 
 BACKEND = {"triton": "triton", "torch": "torch", "reference": "reference"}
 # A variant's outputs may be so many times as far from float32's as plain torch's in the same dtype, and a little more.
@@ -32,7 +33,8 @@ class Network:
     """One variant of a network, its input ``(N, 3, size, size)`` and targets ``(N,)``, in bfloat16 by autocast."""
 
     def __init__(self, what: Model, smoke: bool, variant: str = "", half: bool = True) -> None:
-        self.method, self.how, *_ = (variant or what.variant).split()
+        self.method, self.how, *rest = (variant or what.variant).split()
+        self.stale = "stale" in rest
         self.device, self.half = gpu_time.device(), half and not smoke  # the interpreter truncates to bfloat16
         torch.manual_seed(0)
         model, self.code = gpu_nets.build(what.network)
@@ -48,12 +50,18 @@ class Network:
         x = F.interpolate(torch.randn(what.batch, 3, size // 2, size // 2, generator=generator), scale_factor=2)
         self.x = x.to(self.device).contiguous(memory_format=torch.channels_last)
         self.target = torch.randint(10, (what.batch,), generator=generator).to(self.device)
+        if self.stale:  # or its statistics would be where they start
+            with torch.no_grad(), self._autocast():
+                self.model(self.x)
         backend = "aot_eager" if smoke else "inductor"
         self.run = torch.compile(self.model, backend=backend) if self.how == "compiled" else self.model
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
     def forward(self) -> Tensor:
         """In training, ready for backward."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+        with self._autocast(), every_step(self.model.modules(), fresh=not self.stale):
             return self.run(self.x)
 
     def step(self) -> None:
@@ -79,11 +87,10 @@ _oracles: dict[tuple[str, int, str], tuple[Tensor, float]] = {}
 def _oracle(what: Model, smoke: bool) -> tuple[Tensor, float]:
     """Outputs in float32 on plain torch, and how far plain torch in bfloat16 is from them."""
     method = "conv_bn" if what.variant.startswith("conv_bn") else "torch"
-    key = (what.network, what.batch, method)
+    variant = f"{method} eager{' stale' if what.variant.endswith('stale') else ''}"
+    key = (what.network, what.batch, variant)
     if key not in _oracles:
-        exact, plain = (
-            Network(what, smoke, f"{method} eager", half).forward().detach().float() for half in (False, True)
-        )
+        exact, plain = (Network(what, smoke, variant, half).forward().detach().float() for half in (False, True))
         _oracles[key] = (exact, float((plain - exact).norm() / exact.norm()))
     return _oracles[key]
 

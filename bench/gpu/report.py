@@ -178,7 +178,7 @@ def plan(report: Report, args: argparse.Namespace) -> Iterator[Step]:
     yield Step("kernels", report.right(), arguments=measured)
     cases = [case.name for case in gpu_cases.tuned_cases(small)]
     models = [model.name for model in gpu_cases.models(small, barrier)]
-    ahead = [f"model {name}" for name in models if name.endswith("compiled")]
+    ahead = [f"model {name}" for name in models if " compiled" in name]
     yield Step("compile", [*ahead, *cases[: len(cases) if small else len(cases) // 2]], many, common)
     yield Step("tune", cases, arguments=common)
     report.read_choices()

@@ -34,6 +34,7 @@ from tdeconv.bench.roofline import Ceilings
 from tdeconv.bench.stages import DIRECTIONS
 from tdeconv.bench.steps import autocast
 from tdeconv.named_models import FORMS, load_model, random_input, some_loss, to_layout
+from tdeconv.schedule import every_step
 
 OUT = Path("bench-out") / "profile"
 WARM_UP = 1  # rounds, behind a first step
@@ -58,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layouts = ("channels_last", "contiguous")
     add("--layout", choices=layouts, default="channels_last", help="of images and weights (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    kinds = "fresh takes its batch's statistics, stale uses the running ones (default %(default)s)"
+    add("--step", choices=("fresh", "stale"), default="fresh", help=kinds)
     add("--backend", choices=checks.BACKENDS, help="default: the fastest that can run, as the layers choose it")
     add("--rounds", type=positive_int, default=5, metavar="N", help="steps to take medians of (default %(default)s)")
     add("--linear", action="store_true", help="convert linear layers too")
@@ -144,20 +147,21 @@ def _input_shape(model: nn.Module, args: argparse.Namespace, device: torch.devic
 
 
 class Step:
-    """A training step without the optimiser."""
+    """A training step without the optimiser, fresh or stale."""
 
-    def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype, clock: Clock) -> None:
-        self.model, self.x, self._dtype, self._clock = model, x, dtype, clock
+    def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype, clock: Clock, stale: bool = False) -> None:
+        self.model, self.x, self._dtype, self._clock, self._stale = model, x, dtype, clock, stale
 
     def __call__(self) -> tuple[Any, Any]:
         """The marks of its start and end."""
         self.model.zero_grad(set_to_none=True)
-        self._clock.ready()
-        start = self._clock.mark()
-        with autocast(self.x.device, self._dtype):
-            output = self.model(self.x)
-        some_loss(output).backward()
-        return start, self._clock.mark()
+        with every_step(self.model.modules(), fresh=not self._stale):
+            self._clock.ready()
+            start = self._clock.mark()
+            with autocast(self.x.device, self._dtype):
+                output = self.model(self.x)
+            some_loss(output).backward()
+            return start, self._clock.mark()
 
     def first(self) -> dict[str, Facts]:
         """Run it for the first time; what its layers are.
@@ -166,7 +170,7 @@ class Step:
             ValueError: the model refuses the input.
         """
         try:
-            return layer_facts.look(self.model, self)
+            return layer_facts.look(self.model, self, self._stale)
         except Exception as error:
             why = next(iter(str(error).splitlines()), "") or type(error).__name__
             shape = tuple(self.x.shape)
@@ -232,7 +236,7 @@ def _profile(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, 
     dtype, clock = getattr(torch, args.dtype), clock_of(device)
     model = to_layout(model.to(device).train(), args.layout)
     with backends.use_backend(args.backend or "auto"):
-        step = Step(model, random_input(shape, args.layout, device), dtype, clock)
+        step = Step(model, random_input(shape, args.layout, device), dtype, clock, args.step == "stale")
         facts = step.first()
         rounds = _measure(step, clock, args.rounds)
         trace = _trace(step, clock, device)
@@ -245,6 +249,7 @@ def _profile(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, 
     content = {
         "model": args.model,
         "converted": converted,
+        "step": args.step,
         "input": list(shape),
         "dtype": args.dtype,
         "layout": args.layout,

@@ -27,9 +27,10 @@ class Facts:
         input: its first input's shape.
         dtype: what its convolution computes in.
         backend, why: what it runs on.
-        how: how each stage is done, a line each; none on the reference backend.
+        how: how each stage of the step is done, a line each; none on the reference backend.
         shapes: for the roofline, one for each call of the step; none for a ``ChannelDeconv``.
         calls: how often the step called it.
+        stale: whether the step used the running statistics.
     """
 
     type: str
@@ -41,12 +42,13 @@ class Facts:
     how: dict[str, str]
     shapes: list[Shape] = field(default_factory=list)
     calls: int = 0
+    stale: bool = False
 
     def floors(self, ceilings: Ceilings) -> dict[tuple[str, str], dict[str, Any]]:
         """By stage and direction: the seconds it needs at least, what sets them, its bytes and operations."""
         floors: dict[tuple[str, str], dict[str, Any]] = {}
         for shape in self.shapes:
-            for work in works(shape):
+            for work in works(shape, self.stale):
                 zero = {"seconds": 0.0, "bound": work.bound(ceilings), "bytes": 0, "operations": 0}
                 entry = floors.setdefault((work.stage, work.direction), zero)
                 entry["seconds"] += work.floor(ceilings)
@@ -55,8 +57,8 @@ class Facts:
         return floors
 
 
-def look(model: nn.Module, step: Callable[[], object]) -> dict[str, Facts]:
-    """Run a training step: the layers it calls, in the order of their first calls."""
+def look(model: nn.Module, step: Callable[[], object], stale: bool = False) -> dict[str, Facts]:
+    """Run a training step, which is ``stale`` or not: the layers it calls, in the order of their first calls."""
     facts: dict[str, Facts] = {}
 
     def hook_of(name: str) -> Callable[..., None]:
@@ -64,7 +66,7 @@ def look(model: nn.Module, step: Callable[[], object]) -> dict[str, Facts]:
             x = input_of(args, kwargs).detach()
             input_grad = input_of(args, kwargs).requires_grad
             with torch.no_grad():
-                now = _facts(layer, x, _working_dtype(output), input_grad)
+                now = _facts(layer, x, _working_dtype(output), input_grad, stale)
             kept = facts.setdefault(name, now)
             kept.calls += 1
             if kept is not now:
@@ -88,16 +90,21 @@ def _working_dtype(output: Tensor) -> torch.dtype:
     return torch.float32 if half_on_cpu else output.dtype
 
 
-def _facts(layer: Any, x: Tensor, dtype: torch.dtype, input_grad: bool) -> Facts:
+def _facts(layer: Any, x: Tensor, dtype: torch.dtype, input_grad: bool, stale: bool) -> Facts:
     choice = choose(layer.backend, x.device)
-    about = Facts(type(layer).__name__, label(layer, x), list(x.shape), dtype, choice.backend, choice.reason, {})
+    about = Facts(
+        *(type(layer).__name__, label(layer, x), list(x.shape), dtype, choice.backend, choice.reason, {}), stale=stale
+    )
     if isinstance(layer, ChannelDeconv):
         return about
     x = x.to(dtype)
     x, geo, n_iter = layer.in_training(x)
+    shape = _shape(x, geo, n_iter, layer, input_grad)
     if choice.backend != "reference":
-        about.how = ops.stages(choice.backend).describe(x, layer.weight, geo, n_iter)
-    about.shapes = [_shape(x, geo, n_iter, layer, input_grad)]
+        run = {work.stage for work in works(shape, stale)}
+        said = ops.stages(choice.backend).describe(x, layer.weight, geo, n_iter)
+        about.how = {stage: how for stage, how in said.items() if stage in run}
+    about.shapes = [shape]
     return about
 
 

@@ -93,11 +93,17 @@ def _shape(layer: Layer) -> str:
 # ------------------------------------------------------------------------------------------------------------ words
 
 
+STEPS = {
+    "fresh": "a fresh training step (with its batch's statistics; forward and backward)",
+    "stale": "a stale training step (with the running statistics; forward and backward)",
+}
+
+
 def _heading(content: Content) -> str:
     shape, threads = " x ".join(map(str, content["input"])), content["threads"]
     where = f"{content['device']}" + (f", {threads} thread(s)" if content["device_type"] == "cpu" else "")
     return (
-        f"{content['model']}{', converted' if content['converted'] else ''}: a training step (forward and backward) "
+        f"{content['model']}{', converted' if content['converted'] else ''}: {STEPS[content['step']]} "
         f"of {shape}, {content['dtype']}, {content['layout']}; {where}; torch {content['torch']}, "
         f"{content['datetime'][:10]}."
     )
@@ -112,16 +118,16 @@ def _explanation(content: Content) -> list[str]:
         f"the whole steps: {_number(content['step_median_s'], scale)}; of steps without this clockwork: "
         f"{_number(content['unwatched_s'], scale)}. The column step: the share of the step."
     )
-    words = (
-        "mom. = patch_moments, root = inverse_sqrt, conv = convolve, rest = what a layer does around its stages; a "
-        "layer without stages has all its time there."
-    )
+    columns = _columns(content)
+    shortened = [f"{SHORT[s]} = {s}, " for s in STAGES if SHORT[s] != s and ("forward", s) in columns]
+    rest = "rest = what a layer does around its stages; a layer without stages has all its time there."
+    words = "".join(shortened) + rest
     floors = (
         "floor = the least that bytes, products and chains of launches need on this machine, stage by stage; share = "
         f"floor / total. Measured here: copying {ceilings['memory'] / 1e9:.4g} GB/s; products, in GFLOP/s: {products}; "
         f"a launch {ceilings['launch'] * 1e6:.2g} microseconds."
     )
-    lines = [times, *([words] if _in_stages(_columns(content)) else []), floors]
+    lines = [times, *([words] if _in_stages(columns) else []), floors]
     if any((layer["share_of_floor"] or 0) > 1 for layer in content["layers"]):
         lines.append(
             "A share above 100%: tensors stayed in a cache, or a stage was done with fewer operations than are counted "

@@ -10,9 +10,13 @@ from tdeconv.bench.reports.ratios import (
     BASELINES,
     LABELS,
     RATIO,
+    STALE,
     Ratio,
     cell,
+    kinds_of_step,
+    label,
     network,
+    ours_of,
     ratios,
     subject,
     times,
@@ -31,18 +35,32 @@ def steps_of(results: Sequence[Result]) -> list[Ratio]:
 def lead(device: str, steps: Sequence[Ratio], ours: str) -> str:
     """The answer in a sentence: against conv+BN+ReLU, or against what else there is."""
     first = min((r.baseline for r in steps if r.ours == ours), key=BASELINES.index)
-    values = [r.value for r in steps if (r.ours, r.baseline) == (ours, first)]
-    low, high = times(min(values)), times(max(values))
-    said = low if low == high else f"{low} to {high}"
+
+    def said(name: str) -> str:
+        values = [r.value for r in steps if (r.ours, r.baseline) == (name, first)]
+        low, high = times(min(values)), times(max(values))
+        return low if low == high else f"{low} to {high}"
+
+    means = [name for name in _kinds(steps, ours, first) if not name.endswith(STALE)]
     return (
-        f"On {device}, a training step with deconvolution ({ours}) takes {said} times as long as with {LABELS[first]}."
+        f"On {device}, a training step with deconvolution ({ours}) takes {said(ours)} times as long as with "
+        f"{label(first)}{''.join(f', in a{name.removeprefix(ours)} {said(name)}' for name in means)}."
     )
+
+
+def _kinds(steps: Sequence[Ratio], ours: str, baseline: str) -> list[str]:
+    """The names of an implementation in other kinds of step that were compared with a baseline."""
+    return ours_of(r.ours for r in steps if r.baseline == baseline and r.ours.startswith(f"{ours} "))
 
 
 def answer_table(steps: Sequence[Ratio], ours: str) -> Table:
     """A line for each model and network, a column for each thing that deconvolution is compared with."""
     pairs = {
         (ours, "conv_bn_relu"): LABELS["conv_bn_relu"],
+        **{
+            (name, "conv_bn_relu"): f"{LABELS['conv_bn_relu']}:{name.removeprefix(ours)}"
+            for name in _kinds(steps, ours, "conv_bn_relu")
+        },
         (ours, "conv_bn_relu_compiled"): LABELS["conv_bn_relu_compiled"],
         (f"{ours}_compiled", "conv_bn_relu_compiled"): "conv+BN+ReLU, both compiled",
         (ours, "reference"): LABELS["reference"],
@@ -56,7 +74,8 @@ def answer_table(steps: Sequence[Ratio], ours: str) -> Table:
     heads = [head for head in pairs.values() if any(head in cells for cells in lines.values())]
     body = [[line, *(cells.get(head, "-") for head in heads)] for line, cells in lines.items()]
     head = [f"training step of {ours}, over that of", *heads]
-    return Table("Time with deconvolution over time without", RATIO + common, [head, *body])
+    caption = RATIO + kinds_of_step(r.ours for r in shown) + common
+    return Table("Time with deconvolution over time without", caption, [head, *body])
 
 
 def memory_line(data: Result, batch: int = 64) -> str:

@@ -150,9 +150,8 @@ def _scaling_part(data: Result) -> Part:
 def _parts(data: Result, with_memory: bool) -> list[Part]:
     """Suite by suite; what was not measured is left out."""
     found = []
-    headline = tables.headline(data)
-    if headline:
-        found.append(Part("Ratios", [], [headline], []))
+    if whole := [table for table in (tables.headline(data), tables.block_table(data)) if table]:
+        found.append(Part("Ratios", [], whole, []))
     for title, mine in tables.parts(data).items():
         if mine[0]["extra_info"]["suite"] == "stage":
             found.append(_stage_part(title, mine, data["machine_info"].get("ceilings") or {}))

@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from tdeconv.bench.reports.ratios import (
-    LABELS,
     STAGES,
     counted,
     extra,
+    label,
     milliseconds,
     network,
     number,
@@ -40,9 +40,13 @@ COLOURS = {
     "reference": "#cc79a7",
     "paper": "#e69f00",
     "torch": "#1f78c8",
+    "torch stale": "#0b3c6b",
     "torch_compiled": "#7cc0ee",
+    "torch_compiled stale": "#4b6f8c",
     "triton": "#009e73",
+    "triton stale": "#004d38",
     "triton_compiled": "#6fd3b4",
+    "triton_compiled stale": "#3f7f6c",
 }
 STAGE_COLOURS = {
     "patches": "#7cc0ee",
@@ -100,10 +104,8 @@ def _own_ids(svg: str) -> str:
     return re.sub(r'(id="|url\(#|href="#)(\w+)', rf"\1\2-{own}", svg)
 
 
-def _legend(figure: Any, names: Sequence[str], colours: Mapping[str, str], labels: Mapping[str, str]) -> None:
-    handles = [
-        Line2D([], [], marker="s", linestyle="", color=colours.get(n, UNKNOWN), label=labels.get(n, n)) for n in names
-    ]
+def _legend(figure: Any, names: Sequence[str], colours: Mapping[str, str]) -> None:
+    handles = [Line2D([], [], marker="s", linestyle="", color=colours.get(n, UNKNOWN), label=label(n)) for n in names]
     figure.legend(handles=handles, loc="outside upper left", ncols=4, handletextpad=0.3)
 
 
@@ -144,7 +146,7 @@ def layer_bars(mine: Sequence[Row]) -> str:
         axes = figure.subplots()
         _bars(axes, groups, number)
         axes.set_xlabel(f"{'training step' if kind == 'step' else 'forward in training'}, ms; shorter is better")
-        _legend(figure, names, COLOURS, LABELS)
+        _legend(figure, names, COLOURS)
 
     where = timed[0]["extra_info"]
     return _svg(f"Time by {where['suite']} of {where['network']}, {where['batch']}", 1.1 + 0.135 * bars, draw)
@@ -173,7 +175,7 @@ def stage_bars(mine: Sequence[Row]) -> str:
                     bars[stage].append((place, by_name[name][stage], left))
                     left += by_name[name][stage]
                 axes.text(left + 0.008 * largest, place, number(left), va="center", fontsize=7)
-                labels[place] = f"{case}, {LABELS.get(name, name)}" if index == 0 else LABELS.get(name, name)
+                labels[place] = f"{case}, {label(name)}" if index == 0 else label(name)
                 place += 1
             place += 0.6
         for stage, mine in bars.items():
@@ -185,7 +187,7 @@ def stage_bars(mine: Sequence[Row]) -> str:
         axes.set_xlim(0, 1.12 * largest)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("training step, ms; shorter is better")
-        _legend(figure, stages, STAGE_COLOURS, {})
+        _legend(figure, stages, STAGE_COLOURS)
 
     where = mine[0]["extra_info"]
     return _svg(f"Training step by stage, {where['network']}, {where['batch']}", 1.1 + 0.17 * bars, draw)
@@ -203,7 +205,7 @@ def memory_bars(memory: Sequence[Mapping[str, Any]]) -> str:
         axes = figure.subplots()
         _bars(axes, groups, number)
         axes.set_xlabel("kept for backward, MB an image; shorter is better")
-        _legend(figure, order(n for of in groups.values() for n in of), COLOURS, LABELS)
+        _legend(figure, order(n for of in groups.values() for n in of), COLOURS)
 
     bars = sum(len(of) + 0.7 for of in groups.values())
     return _svg("Memory kept for backward", 1.1 + 0.15 * bars, draw)
@@ -219,7 +221,7 @@ def scaling(fits: Sequence[Any], by: str) -> str | None:
     or ``"stage"``.
     """
     axis_names = list(dict.fromkeys(f.axis for f in fits))
-    colours, labels = (COLOURS, LABELS) if by == "implementation" else (STAGE_COLOURS, {})
+    colours = COLOURS if by == "implementation" else STAGE_COLOURS
     names = order((getattr(f, by) for f in fits), list(colours))
     lines = math.ceil(len(axis_names) / 2)
 
@@ -233,7 +235,7 @@ def scaling(fits: Sequence[Any], by: str) -> str | None:
             axes.set(xlabel=axis, ylabel="ms")
         for axes in panels[len(axis_names) :]:
             axes.set_visible(False)
-        _legend(figure, names, colours, labels)
+        _legend(figure, names, colours)
 
     return _svg(f"Time against size, by {by}", 0.6 + 2.1 * lines, draw) if fits else None
 
@@ -372,7 +374,7 @@ def spread(mine: Sequence[Row]) -> str | None:
                     alpha=0.7,
                 )
             axes.axhline(0, color=INK, linewidth=0.6)
-            axes.set_title(LABELS.get(name, name), fontsize=8, pad=2)
+            axes.set_title(label(name), fontsize=8, pad=2)
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%" if value else "0%"))
         panels[-1].set_xlabel("round")

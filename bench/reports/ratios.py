@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tdeconv.bench.results import Group, Result, Row, counts, device_of, grouped, on_gpu, rows
 
-OURS = ("torch", "torch_compiled", "triton", "triton_compiled")
+OURS = ("torch", "torch_compiled", "triton", "triton_compiled")  # a name may go on: " stale", " mean of 10 steps"
+STALE = " stale"
 BASELINES = ("conv_bn_relu", "conv_bn_relu_compiled", "reference", "paper")
 IMPLEMENTATIONS = (*BASELINES, *OURS)
 LABELS = {
@@ -32,6 +33,10 @@ KINDS = {"step": "training step", "forward": "forward in training"}
 STAGES = ("patches", "moments", "inverse_sqrt", "fold", "convolve", "rest")
 DIRECTIONS = ("forward", "backward")
 RATIO = "A ratio below 1 is a saving: 0.50 is half, 1.00 the same, 2.00 twice as much."
+KINDS_OF_STEP = (
+    " A stale step uses the running statistics; a mean of K steps is of one that takes its batch's and K-1 stale ones, "
+    "as stats_interval=K has them."
+)
 Values = dict[str, dict[str, float]]  # by case and implementation (or stage)
 Count = dict[str, int]
 
@@ -54,7 +59,20 @@ class Ratio(NamedTuple):
 
 
 def network(name: str) -> str:
-    return NETWORKS.get(name, name)
+    """``resnet18 block 16`` is ResNet-18 in blocks of 16 channels."""
+    name, block, channels = name.partition(" block ")
+    return NETWORKS.get(name, name) + (f",{block}{channels}" if block else "")
+
+
+def label(name: str) -> str:
+    """Of an implementation: ``"torch, compiled, stale"``; an unknown name as it is."""
+    who, _, kind = name.partition(" ")
+    return LABELS[who] + (f", {kind}" if kind else "") if who in LABELS else name
+
+
+def kinds_of_step(names: Iterable[str]) -> str:
+    """What a caption says of them, if they are among the names."""
+    return KINDS_OF_STEP if any(" " in name for name in names) else ""
 
 
 def lowered(title: str) -> str:
@@ -98,8 +116,14 @@ def share(value: float | None) -> str:
 
 
 def order(names: Iterable[str], known: Sequence[str] = IMPLEMENTATIONS) -> list[str]:
-    """Names in the order that everything uses, unknown ones last."""
-    return sorted(dict.fromkeys(names), key=lambda n: (known.index(n) if n in known else len(known), n))
+    """Names in the order that everything uses, unknown ones last; of steps fresh, stale, means of few and of many."""
+    place = {name: number for number, name in enumerate(known)}
+    return sorted(dict.fromkeys(names), key=lambda n: (place.get(n.partition(" ")[0], len(known)), len(n), n))
+
+
+def ours_of(names: Iterable[str]) -> list[str]:
+    """Those of this project, in that order."""
+    return [name for name in order(names) if name.partition(" ")[0] in OURS]
 
 
 # ----------------------------------------------------------------------------------------------------------- values
@@ -143,6 +167,27 @@ def ratio(values: Values, count: Count, ours: str, baseline: str) -> tuple[float
     return sum(count[case] * of[ours] for case, of in both.items()) / below, sum(count[case] for case in both)
 
 
+def with_means(mine: Sequence[Row]) -> list[Row]:
+    """A suite's rows, and for each interval of a stale training step the mean step: one fresh, the others stale."""
+    fields = ("suite", *Group._fields, "case", "kind", "count", "shape")
+    by_what = {_what(row): row["stats"]["median"] for row in mine}
+    means = []
+    for row in mine:
+        info, stale = row["extra_info"], row["stats"]["median"]
+        name = info["implementation"].removesuffix(STALE)
+        fresh = by_what.get((*_what(row)[:-1], name))
+        for k in info.get("stats_intervals", ()) if fresh is not None and info["kind"] == "step" else ():
+            about = {field: info[field] for field in fields if field in info}
+            about["implementation"] = f"{name} mean of {k} steps"
+            means.append({"stats": {"median": fresh / k + (1 - 1 / k) * stale}, "extra_info": about})
+    return [*mine, *means]
+
+
+def _what(row: Row) -> tuple[Any, ...]:
+    """What a row is of; the implementation is last."""
+    return tuple(row["extra_info"][field] for field in (*Group._fields, "case", "kind", "implementation"))
+
+
 def ratios(data: Result) -> list[Ratio]:
     """Ours over everything else: whole models first, then sums over a network's layers; training steps first."""
     found = []
@@ -150,8 +195,9 @@ def ratios(data: Result) -> list[Ratio]:
         for group, mine in grouped(rows(data, suite)).items():
             count, size = counts(mine), _size(mine) if suite == "model" else None
             for kind in KINDS:
-                values = pivot([r for r in mine if r["extra_info"]["kind"] == kind], milliseconds)
-                for ours, baseline in ((o, b) for o in OURS for b in BASELINES):
+                values = pivot([r for r in with_means(mine) if r["extra_info"]["kind"] == kind], milliseconds)
+                names = ours_of(name for of in values.values() for name in of)
+                for ours, baseline in ((o, b) for o in names for b in BASELINES):
                     if one := ratio(values, count, ours, baseline):
                         layers = sum(count.values())
                         partial = "" if one[1] == layers else f"{one[1]} of {layers} layers"

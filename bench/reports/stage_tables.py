@@ -9,11 +9,11 @@ from tdeconv.bench.markdown import Table
 from tdeconv.bench.reports.ratios import (
     BASELINES,
     DIRECTIONS,
-    LABELS,
     OURS,
     STAGES,
     counted,
     extra,
+    label,
     main_implementation,
     milliseconds,
     network,
@@ -76,7 +76,7 @@ def stage_table(mine: Sequence[Row], implementation: str) -> Table | None:
         "convolutions do. Above floor, as a share of the step, is what could still be saved: smaller is better. "
         f"Sums over all {sum(counts(mine).values())} layers."
     )
-    return Table(f"Where the time goes: {LABELS.get(implementation, implementation)}", caption, [head, *body])
+    return Table(f"Where the time goes: {label(implementation)}", caption, [head, *body])
 
 
 def stage_layer_table(mine: Sequence[Row], implementation: str, direction: str) -> Table | None:
@@ -93,7 +93,7 @@ def stage_layer_table(mine: Sequence[Row], implementation: str, direction: str) 
         body.append([counted(case, count), *cells, number(sum(of.values()))])
     caption = "Smaller is better. In brackets the share of the floor: larger is better."
     return Table(
-        f"Stages of {LABELS.get(implementation, implementation)}, {direction}, ms",
+        f"Stages of {label(implementation)}, {direction}, ms",
         caption,
         [["layer", *stages, "sum"], *body],
     )

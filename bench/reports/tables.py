@@ -13,7 +13,6 @@ from tdeconv.bench.reports.ratios import (
     BASELINES,
     KINDS,
     LABELS,
-    OURS,
     RATIO,
     WHO,
     all_of,
@@ -22,12 +21,15 @@ from tdeconv.bench.reports.ratios import (
     counted,
     extra,
     how,
+    kinds_of_step,
+    label,
     lowered,
     main_implementation,
     milliseconds,
     network,
     number,
     order,
+    ours_of,
     pivot,
     ratio,
     ratios,
@@ -36,6 +38,7 @@ from tdeconv.bench.reports.ratios import (
     told_apart,
     total,
     where,
+    with_means,
 )
 from tdeconv.bench.reports.stage_tables import floor_sentence, stage_tables
 from tdeconv.bench.results import Result, Row, counts, grouped, rows
@@ -52,11 +55,30 @@ def headline(data: Result) -> Table | None:
     common, own = told_apart(r.group for r in found)
     lines: dict[str, dict[str, str]] = {}
     for one in found:
-        line = f"{subject(one)}{own[one.group]}: {KINDS[one.kind]}, {LABELS[one.ours]}"
+        line = f"{subject(one)}{own[one.group]}: {KINDS[one.kind]}, {label(one.ours)}"
         lines.setdefault(line, {})[one.baseline] = cell(one)
     head = ["time, over that of", *(LABELS[b] for b in baselines)]
     body = [[line, *(cells.get(b, "-") for b in baselines)] for line, cells in lines.items()]
-    return Table("Time with deconvolution over time without", RATIO + common, [head, *body])
+    caption = RATIO + kinds_of_step(one.ours for one in found) + common
+    return Table("Time with deconvolution over time without", caption, [head, *body])
+
+
+def block_table(data: Result) -> Table | None:
+    """Training steps by the channels that are whitened together, and by how often statistics are taken."""
+    steps = [r for r in ratios(data) if r.kind == "step" and " block " in r.group.network]
+    ours = main_implementation(r.ours for r in steps)
+    mine = [r for r in steps if r.baseline == "conv_bn_relu" and r.ours.partition(" ")[0] == ours]
+    names = order(r.ours for r in mine)
+    if not names:
+        return None
+    common, own = told_apart(r.group for r in mine)
+    lines: dict[str, dict[str, str]] = {}
+    for r in mine:
+        lines.setdefault(subject(r) + own[r.group], {})[r.ours] = cell(r)
+    head = ["training step", *(name.partition(" ")[2] or "fresh" for name in names)]
+    body = [[line, *(cells.get(name, "-") for name in names)] for line, cells in lines.items()]
+    caption = f"Time of {label(names[0])} over that of {LABELS['conv_bn_relu']}. {RATIO}{kinds_of_step(names)}{common}"
+    return Table("Cost by block and by how often statistics are taken", caption, [head, *body])
 
 
 def ratio_table(mine: Sequence[Row], ours: str, kind: str = "step") -> Table | None:
@@ -72,7 +94,7 @@ def ratio_table(mine: Sequence[Row], ours: str, kind: str = "step") -> Table | N
         body.append([counted(case, count), *cells])
     if _adds_up(mine):
         body.append([all_of(count), *(times(value) for value, _ in sums.values())])
-    title = f"{KINDS[kind].capitalize()}, {LABELS[ours]} over the others"
+    title = f"{KINDS[kind].capitalize()}, {label(ours)} over the others"
     return Table(title, RATIO, [[mine[0]["extra_info"]["suite"], *(LABELS[b] for b in sums)], *body])
 
 
@@ -91,14 +113,16 @@ def value_table(mine: Sequence[Row], title: str, caption: str, value: Callable[[
     if _adds_up(mine):
         sums = total(values, count)
         body.append([all_of(count), *(number(sums.get(n)) for n in names)])
-    return Table(title, caption, [[mine[0]["extra_info"]["suite"], *(LABELS.get(n, n) for n in names)], *body])
+    return Table(title, caption, [[mine[0]["extra_info"]["suite"], *map(label, names)], *body])
 
 
 def layer_tables(mine: Sequence[Row]) -> list[Table]:
     """Everything about one group's layers (or models): ratios first, then times, bytes and allocations."""
+    mine = with_means(mine)
     by_kind = {kind: [r for r in mine if r["extra_info"]["kind"] == kind] for kind in KINDS}
+    names = ours_of(r["extra_info"]["implementation"] for r in mine)
     less = "Smaller is better."
-    pairs = ((kind, ours) for kind in KINDS for ours in OURS if mine[0]["extra_info"]["suite"] == "layer")
+    pairs = ((kind, ours) for kind in KINDS for ours in names if mine[0]["extra_info"]["suite"] == "layer")
     found = [ratio_table(mine, ours, kind) for kind, ours in pairs]  # whole models': the headline has them
     found += [value_table(by_kind[k], f"{KINDS[k].capitalize()}, ms", f"{less} Medians.", milliseconds) for k in KINDS]
     step = by_kind["step"] or by_kind["forward"]
@@ -152,7 +176,7 @@ def scaling_table(data: Result, stages: bool = True) -> Table | None:
     body = []
     for fit in found:
         ends = (number(min(ranges[fit.axis])), number(max(ranges[fit.axis])))
-        name = LABELS.get(fit.implementation, fit.implementation)
+        name = label(fit.implementation)
         exponents = (times(fit.exponent), "-" if fit.predicted is None else times(fit.predicted), times(fit.r2))
         body.append([fit.axis, *ends, name, fit.stage, *exponents])
     caption = (
@@ -180,7 +204,7 @@ def part_tables(mine: Sequence[Row]) -> list[Table]:
 
 def tables(data: Result) -> list[Table]:
     """All tables of a run, suite by suite; what was not measured is left out."""
-    found = [headline(data), memory_table(data)]
+    found = [headline(data), block_table(data), memory_table(data)]
     for name, mine in parts(data).items():
         found += [t._replace(title=f"{name}: {lowered(t.title)}") for t in part_tables(mine)]
     found.append(scaling_table(data))
@@ -212,7 +236,13 @@ def summary(data: Result) -> str:
         *how(data).replace(". ", ".\n", 1).splitlines(),
         "",
     ]
-    found = [headline(data), *_step_tables(data), memory_table(data), scaling_table(data, stages=False)]
+    found = [
+        headline(data),
+        block_table(data),
+        *_step_tables(data),
+        memory_table(data),
+        scaling_table(data, stages=False),
+    ]
     lines += [_plain(t) for t in found if t]
     lines += textwrap.wrap(floor_sentence(data), 110)
     return "\n".join(lines).rstrip() + "\n"

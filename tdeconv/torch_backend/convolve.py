@@ -12,7 +12,7 @@ from torch import Tensor
 from tdeconv import reference
 from tdeconv.geometry import Geometry
 from tdeconv.layout import beside, memory_format
-from tdeconv.torch_backend import winograd
+from tdeconv.torch_backend import measured, winograd
 from tdeconv.torch_backend.chunks import chunk_rows
 from tdeconv.torch_backend.patches import taps, whole
 
@@ -39,20 +39,25 @@ def _channels(x: Tensor, weight: Tensor) -> int:
     return min(weight.shape[:2]) if kind and patches else 0
 
 
+def _by_products(x: Tensor) -> bool:
+    """Whether this CPU is one on which products beat the library's convolutions (of float64 it has slow ones alone)."""
+    return x.dtype == torch.float64 or measured.products_convolve()
+
+
 def wide(x: Tensor, weight: Tensor) -> bool:
     """Whether both sides have channels enough for products of single taps, channels-last."""
-    return _channels(x, weight) >= _WIDE
+    return _channels(x, weight) >= _WIDE and _by_products(x)
 
 
 def by_pixels(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
     """Whether the map is so small that the convolution is best done pixel by pixel."""
-    return wide(x, weight) and max(math.prod(x.shape[2:]), math.prod(_out(x, geo))) <= _FEW_PIXELS
+    return _channels(x, weight) >= _WIDE and max(math.prod(x.shape[2:]), math.prod(_out(x, geo))) <= _FEW_PIXELS
 
 
 def by_tiles(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
     """Whether Winograd's products are fewer by more than their transforms cost: 3x3, stride 1, channels enough."""
     shape = geo.kernel_size == (3, 3) and geo.stride == geo.dilation == (1, 1)
-    return shape and _channels(x, weight) >= _TILED and not by_pixels(x, weight, geo)
+    return shape and _channels(x, weight) >= _TILED and not by_pixels(x, weight, geo) and _by_products(x)
 
 
 def _out(x: Tensor, geo: Geometry) -> tuple[int, ...]:
@@ -94,7 +99,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
         y = torch.empty(shape, dtype=x.dtype, memory_format=memory_format(x))
         winograd.convolve_(y, x, weight, bias, geo.padding)
         return y
-    if _channels(x, weight) < _CHANNELS_LAST or not x.is_contiguous():
+    if _channels(x, weight) < _CHANNELS_LAST or not x.is_contiguous() or not _by_products(x):
         return reference.convolve(x, weight, bias, geo)
     y = x.new_empty(x.shape[0], weight.shape[0], *_out(x, geo))
     for part in _images(x, weight, geo):
@@ -140,7 +145,7 @@ def convolve_backward(
         grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else None
         grad_weight = winograd.convolve_backward(grad, x, weight, geo.padding, grad_x)
         return grad_x, grad_weight, grad.sum((0, 2, 3))
-    if not wide(x, weight):
+    if not wide(x, weight) and not by_pixels(x, weight, geo):
         grads = _library_backward(grad, x, weight, geo, [need_x, True, True])
         return grads[0] if need_x else None, grads[1], grads[2]
     total = grad.new_zeros(weight.shape[0], geo.taps, weight.shape[1])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.reference import weight_from_vectors, weight_vectors
+from tdeconv.torch_backend import gemm
 from tdeconv.torch_backend.chunks import chunk_rows
 
 
@@ -31,7 +32,7 @@ def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo:
     shift = folded.new_zeros(weight.shape[0]) if bias is None else bias.to(deconv.dtype, copy=True)
     for part in _parts(weight, geo):
         w = weight[part]
-        vectors = weight_vectors(w.to(deconv.dtype), geo) @ deconv
+        vectors = gemm.product(weight_vectors(w.to(deconv.dtype), geo), deconv)
         folded[part] = weight_from_vectors(vectors, geo, w.shape)
         shift[part] -= (vectors @ mean.unsqueeze(-1)).view(w.shape[0], -1).sum(1)
     return folded, shift
@@ -52,11 +53,11 @@ def fold_backward(
         w, per_vector = weight[part], grad_bias[part].view(geo.groups, -1, 1).repeat_interleave(geo.pooled, dim=1)
         # what reaches the folded weight through the folded bias is a product of vectors
         grad = torch.baddbmm(weight_vectors(grad_weight[part], geo), per_vector, mean.unsqueeze(1), alpha=-1)
-        unfolded[part] = weight_from_vectors(grad @ deconv, geo, w.shape)
+        unfolded[part] = weight_from_vectors(gemm.product(grad, deconv), geo, w.shape)
         if need_statistics:
             vectors = weight_vectors(w.to(deconv.dtype), geo)
             grad_mean.baddbmm_(vectors.mT, per_vector)
-            grad_deconv.baddbmm_(vectors.mT, grad)
+            gemm.add_product_(grad_deconv, vectors.mT, grad)
     if not need_statistics:
         return unfolded, None, None
     return unfolded, -(deconv @ grad_mean).squeeze(-1), grad_deconv

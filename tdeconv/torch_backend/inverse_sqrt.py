@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdeconv.running import all_finite
-from tdeconv.torch_backend import newton_schulz, symmetric
+from tdeconv.torch_backend import gemm, newton_schulz, symmetric
 
 # Fewer steps than this, or a smaller matrix, take products for less than a decomposition costs; so does a batch, which
 # LAPACK decomposes one by one.
@@ -95,7 +95,7 @@ def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter:
     if not uses_eigh(basis.device, basis.shape[0], basis.shape[1], n_iter) or spectrum.isinf().any():
         return newton_schulz.inverse_sqrt_backward(grad, basis, n_iter).to(dtype)
     z, norm = _scalars(spectrum, n_iter)
-    inner = symmetric.product(basis, (grad + grad.mT).div_(2) @ basis.mT)
+    inner = symmetric.product(basis, gemm.product((grad + grad.mT).div_(2), basis.mT))
     diagonal = inner.diagonal(dim1=-2, dim2=-1)
     norm_share = (z * diagonal).sum(-1, keepdim=True)
     inner.mul_(_divided_differences(spectrum / norm, n_iter)).mul_(norm.unsqueeze(-1) ** -1.5)
@@ -103,4 +103,4 @@ def inverse_sqrt_backward(grad: Tensor, basis: Tensor, spectrum: Tensor, n_iter:
     # the norm n takes part: S = q(L / n) / sqrt(n) and dn = sum(L dL) / n
     along = -(spectrum * diagonal).sum(-1, keepdim=True) / norm - 0.5 * norm**-1.5 * norm_share
     diagonal += along * spectrum / norm
-    return symmetric.product(basis.mT @ inner, basis).to(dtype)
+    return symmetric.product(gemm.product(basis.mT, inner), basis).to(dtype)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tdeconv.torch_backend import gemm
+
 
 class Jet(NamedTuple):
     """A symmetric matrix and, where the gradient is wanted, its tangent; both ``(b, D, D)``."""
@@ -21,10 +23,11 @@ class Jet(NamedTuple):
     tangent: Tensor | None = None
 
     def times(self, other: Jet) -> Jet:
-        value = self.value @ other.value
+        value = gemm.product(self.value, other.value)
         if self.tangent is None or other.tangent is None:
             return Jet(value)
-        return Jet(value, torch.baddbmm(self.tangent @ other.value, self.value, other.tangent))
+        tangent = gemm.product(self.tangent, other.value)
+        return Jet(value, gemm.add_product_(tangent, self.value, other.tangent))
 
     def scale(self, factor: float) -> Jet:
         return Jet(self.value * factor, None if self.tangent is None else self.tangent * factor)

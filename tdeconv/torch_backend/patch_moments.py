@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tdeconv.geometry import Geometry
-from tdeconv.torch_backend import symmetric
+from tdeconv.torch_backend import gemm, symmetric
 from tdeconv.torch_backend.patches import Part, add_samples_, count, gather, parts, picked, samples, scatter_add_
 
 
@@ -46,7 +46,7 @@ def patch_moments_backward_(
     grad_cov, grad_mean = (grad_cov + grad_cov.mT) / vectors, grad_mean / vectors
 
     def rows(part: Part) -> Tensor:
-        return _rows(_centred_vectors(gather(part, geo), mean, geo) @ grad_cov, grad_mean, geo)
+        return _rows(gemm.product(_centred_vectors(gather(part, geo), mean, geo), grad_cov), grad_mean, geo)
 
     if picked(geo):
         own = samples(pixels, geo)

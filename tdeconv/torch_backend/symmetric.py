@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tdeconv.torch_backend import gemm
+
 # From here on three block rows of the lower triangle, mirrored, beat the whole product.
 _BLOCKS_FROM = 192
 _BLOCKS = 3
@@ -20,10 +22,10 @@ def _whole(total: Tensor) -> bool:
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right``, which is symmetric; of a large ``total (1, D, D)`` the lower blocks alone."""
     if _whole(total):
-        total.baddbmm_(left, right)
+        gemm.add_product_(total, left, right)
         return
     for low, high in _rows(total.shape[1]):
-        total[0, low:high, :high].addmm_(left[0, low:high], right[0, :, :high])
+        gemm.add_product_(total[0, low:high, :high], left[0, low:high], right[0, :, :high])
 
 
 def mirror_(total: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdeconv import checks, distributed, running, tracing, transforms
+from tdeconv import checks, distributed, ops, running, tracing, transforms
 from tdeconv.functional import inverse_sqrt
 from tdeconv.precision import no_autocast, statistics_dtype
 from tdeconv.products import product
@@ -197,6 +197,8 @@ class ChannelDeconv(Scheduled):
                 statistics, news = self._statistics(image, c, group)
                 if not recomputing():
                     self._update(statistics, news)
+            elif self.training:
+                statistics = ops.constants(list(self._buffers_averaged()), statistics_dtype(x.dtype))
             else:
                 work, keep = statistics_dtype(x.dtype), torch.is_grad_enabled() or torch.jit.is_tracing()
                 statistics = [(b.clone() if keep else b).to(work) for b in self._buffers_averaged()]

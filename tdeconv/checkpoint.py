@@ -27,7 +27,8 @@ def checkpoint_contexts(module: nn.Module) -> Callable[[], Contexts]:
     step, but without this it is taken for the same kind of step (``freeze``, ``stats_interval``) as the layer's last
     forward was, and reads the running statistics as they are by then. Where there are several forwards before a
     backward, these may be another's. With this, the layers' buffers have the values of the forward's beginning while it
-    is recomputed, and get back what they had. The gradients are those without checkpointing.
+    is recomputed, and get back what they had. The gradients are those without checkpointing. A module that is compiled
+    and checkpointed from outside always needs it: its recomputations count as steps otherwise.
 
     Within ``torch.compile`` the call is the same. A recomputation never writes there, but it would read the running
     statistics after they were written: with this, a step that uses them keeps its own. Other modules' buffers (batch

@@ -22,12 +22,14 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def positive_int(name: str, value: Any, least: int = 1) -> int:
+def positive_int(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be a positive int, got {value!r} ({type(value).__name__})")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return cast(int, value)  # a SymInt stands in for one under torch.compile
 
 

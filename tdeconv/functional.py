@@ -212,7 +212,7 @@ def fast_deconv(
             training step samples more, up to all patches; and where samples are still few, it takes fewer
             Newton-Schulz steps (see :class:`tdeconv.FastDeconv`). 0, as in the paper, does neither.
         grouping: ``"interleaved"`` or ``"contiguous"``.
-        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, for
+        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, in
             which ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
         step: how many training steps came before this one.
         stale: whether a training step uses the running statistics, as constants, and leaves them as they are, whatever
@@ -395,7 +395,7 @@ def _kind(
     """Whether it is a stale step, and the momentum of a fresh one."""
     interval, before = checks.interval(stats_interval, step)
     stale = checks.flag("stale", stale) or not schedule.is_fresh(before, interval)
-    if interval > 1 and isinstance(momentum, float) and before >= schedule.WARM_UP:
+    if interval > 1 and momentum is not None and before >= schedule.WARM_UP:
         momentum = schedule.of_interval(momentum, interval)
     return training and stale, momentum
 
@@ -462,10 +462,12 @@ def _layer(
 def _stale(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, geo: Geometry, name: str
 ) -> Tensor:
-    """A training step with the running statistics as constants: with the reference backend, an evaluation."""
+    """A training step with the running statistics as constants."""
+    mean, deconv = ops.constants([mean, deconv], statistics_dtype(weight.dtype))
     if name == "reference":
-        return _with_running(x, weight, bias, mean, deconv, geo)
-    statistics = ops.constants(mean, deconv, geo.pack(), statistics_dtype(x.dtype))
+        return reference.convolve(x, *_fold(weight, bias, mean, deconv, geo), geo)
+    shape = geo.groups, geo.features
+    statistics = mean.view(shape), deconv.view(*shape, geo.features)
     return ops.stale_deconvolve(x, weight, bias, *statistics, geo.pack(), name)[0]
 
 

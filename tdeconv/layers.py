@@ -16,7 +16,7 @@ from tdeconv import checks
 from tdeconv import functional as TF
 from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
-from tdeconv.schedule import Scheduled
+from tdeconv.schedule import LONGEST, Scheduled
 
 
 class _WeightLayer(Scheduled):
@@ -94,7 +94,7 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
     ) -> None:
         eps, n_iter, momentum, block, sampling_stride = checks.options(eps, n_iter, momentum, block, sampling_stride)
         samples_per_feature = checks.positive_int("samples_per_feature", samples_per_feature, least=0)
-        freeze_iter = checks.positive_int("freeze_iter", freeze_iter)
+        freeze_iter = checks.positive_int("freeze_iter", freeze_iter, most=LONGEST)
         in_channels = checks.positive_int("in_channels", in_channels)
         out_channels = checks.positive_int("out_channels", out_channels)
         groups = checks.positive_int("groups", groups)
@@ -149,7 +149,7 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
 
     @freeze_iter.setter
     def freeze_iter(self, value: int) -> None:
-        self._freeze_iter = checks.positive_int("freeze_iter", value)
+        self._freeze_iter = checks.positive_int("freeze_iter", value, most=LONGEST)
         self._reschedule()
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -161,21 +161,17 @@ deconvolve.register_autograd(_deconvolve_backward, setup_context=_deconvolve_set
 
 
 @torch.library.custom_op("tdeconv::constants", mutates_args=())
-def constants(mean: Tensor, deconv: Tensor, geometry: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Copies of a layer's running statistics ``(b, D)`` and ``(b, D, D)``, which the next fresh step overwrites.
+def constants(running: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of a layer's running statistics, which the next fresh step overwrites.
 
     An operator, so that no compiler takes them from the buffers later, in backward.
     """
-    geo = Geometry.unpack(geometry)
-    shape = geo.groups, geo.features
-    return mean.to(dtype, copy=True).view(shape), deconv.to(dtype, copy=True).view(*shape, geo.features)
+    return [value.to(dtype, copy=True) for value in running]
 
 
 @constants.register_fake
-def _(mean, deconv, geometry, dtype):  # type: ignore[no-untyped-def]
-    geo = Geometry.unpack(geometry)
-    shape = geo.groups, geo.features
-    return _empty(mean, shape, dtype=dtype), _empty(mean, (*shape, geo.features), dtype=dtype)
+def _(running, dtype):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(value, dtype=dtype) for value in running]
 
 
 @torch.library.custom_op("tdeconv::stale_deconvolve", mutates_args=())

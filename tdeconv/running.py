@@ -44,10 +44,12 @@ class Averaging(Layer):
         return {name: b for name, b in self._buffers.items() if b is not None and name.startswith("num_")}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a checkpoint that does not count starts at 0, on the device of the statistics that are to be assigned
-        for name, counts in self._counts().items():
-            device = state_dict.get(prefix + "running_deconv", counts).device if counts.is_meta else counts.device
-            state_dict.setdefault(prefix + name, torch.zeros(counts.shape, dtype=counts.dtype, device=device))
+        # statistics without a count start at 0, on the device of those that are to be assigned
+        statistics = state_dict.get(prefix + "running_deconv")
+        if statistics is not None:
+            for name, counts in self._counts().items():
+                device = statistics.device if counts.is_meta else counts.device
+                state_dict.setdefault(prefix + name, torch.zeros(counts.shape, dtype=counts.dtype, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

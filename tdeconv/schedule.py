@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdeconv import checks
+from tdeconv import checks, transforms
 from tdeconv.precision import statistics_dtype
 from tdeconv.running import Averaging
 from tdeconv.tracing import has_value
 
+LONGEST = 100_000  # what a rule may ask for: a ring has a place for each of its steps, ten times as many for freezing
 WARM_UP = 20  # steps at the start that are all fresh: the running statistics begin far from any batch's
 
 
@@ -32,7 +33,7 @@ def is_fresh(step: int, stats_interval: int) -> bool:
     return step < WARM_UP or step % stats_interval == 0
 
 
-def of_interval(momentum: float, stats_interval: int) -> float:
+def of_interval(momentum: float | Tensor, stats_interval: int) -> Any:
     """The momentum of a fresh step behind the first ``WARM_UP``, which stands for ``stats_interval`` steps."""
     return 1 - (1 - momentum) ** stats_interval
 
@@ -92,7 +93,7 @@ class Scheduled(Averaging):
     _freeze, _freeze_iter = False, 100
     _places: tuple[Place, ...] = ()  # of the next training step, one in the ring of each rule
     _replayed: tuple[Place, ...] = ()  # of the next recomputation: the last training step's, without further notice
-    _unsure = True  # whether something else may have written the count since it was last looked at
+    _followed: Tensor | None = None  # the buffer that a step has looked at
     _given: bool | None = None  # within `every_step`: what kind every step is
 
     @property
@@ -103,7 +104,7 @@ class Scheduled(Averaging):
 
     @stats_interval.setter
     def stats_interval(self, value: int) -> None:
-        self._stats_interval = checks.positive_int("stats_interval", value)
+        self._stats_interval = checks.positive_int("stats_interval", value, most=LONGEST)
         self._reschedule()
 
     def _reschedule(self) -> None:
@@ -144,10 +145,12 @@ class Scheduled(Averaging):
         if self._given is not None or steps is None:
             return self._given is not False
         checks.same_home(x, **{self._counter: steps})
-        # the first step looks, since buffers are also filled from outside: by DistributedDataParallel, by averaging
-        if not torch.compiler.is_compiling() and self._unsure:
+        # the first step looks, since buffers are also filled from outside (by DistributedDataParallel, by averaging),
+        # and so does the first with another buffer: one moved elsewhere, torch.func.functional_call's
+        if not torch.compiler.is_compiling() and self._followed is not steps:
+            transforms.no_vmap_in_training()  # which could not be looked into
             self._follow()
-            self._unsure = False
+            self._followed = steps if has_value(steps) else None
         return all(place.fresh for place in (self._replayed if recomputing() else self._places))
 
     def _share(self) -> float | Tensor | None:
@@ -205,11 +208,12 @@ class Scheduled(Averaging):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._unsure = True
+        self._followed = None
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._unsure = True  # made for one step, in which the module it is of goes no further
+        # made for one step, which counts in the buffer of the module it is of and moves the replica's places alone
+        replica._followed = self._followed = None
         return replica
 
 

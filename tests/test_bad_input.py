@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import tdeconv
 from helpers import BACKENDS, all_finite, assert_close, randn, train_step
@@ -17,6 +18,7 @@ from tdeconv import (
     FastDeconv,
     FastDeconv1d,
     FastDeconv3d,
+    convert_deconv,
     delinear,
     fast_deconv,
     fold_deconv,
@@ -269,6 +271,37 @@ REFUSED = {
         ValueError,
         "freeze_iter must be at least 1, got 0",
     ),
+    "freeze_iter_endless": (
+        lambda: FastDeconv(3, 4, 3, freeze=True, freeze_iter=10**9),
+        ValueError,
+        "freeze_iter must be at most 100000, got 1000000000",
+    ),
+    "freeze_iter_set": (
+        lambda: setattr(FastDeconv(3, 4, 3, freeze=True), "freeze_iter", 2.0),
+        TypeError,
+        "freeze_iter must be a positive int, got 2.0",
+    ),
+    "step_missing": (
+        lambda: conv(stats_interval=4),
+        ValueError,
+        "stats_interval=4 needs step, the number of training steps before; got None",
+    ),
+    "step_missing_linear": (lambda: lin(stats_interval=2), ValueError, "stats_interval=2 needs step"),
+    "step_negative": (lambda: conv(stats_interval=4, step=-1), ValueError, "step must be at least 0, got -1"),
+    "step_float": (lambda: lin(stats_interval=4, step=1.0), TypeError, "step must be .* int, got 1.0"),
+    "step_tensor": (lambda: conv(step=torch.tensor(3)), TypeError, r"step must be .* int, got tensor\(3\)"),
+    "stale_number": (lambda: conv(stale=1), TypeError, r"stale must be True or False, got 1 \(int\)"),
+    "stale_none": (lambda: lin(stale=None), TypeError, "stale must be True or False, got None"),
+    "stale_without_statistics": (
+        lambda: conv(stale=True),
+        ValueError,
+        "need running_mean and running_deconv, got None",
+    ),
+    "stale_by_its_step": (
+        lambda: lin(stats_interval=4, step=21),
+        ValueError,
+        "stale steps need running_mean and running_deconv, got None",
+    ),
     "method": (
         lambda: inverse_sqrt(torch.eye(3), method="svd"),
         ValueError,
@@ -390,6 +423,62 @@ def test_refused(name):
     call, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         call()
+
+
+NO_INTERVALS = {
+    "zero": (0, ValueError, "stats_interval must be at least 1, got 0"),
+    "negative": (-1, ValueError, "stats_interval must be at least 1, got -1"),
+    "endless": (10**9, ValueError, "stats_interval must be at most 100000, got 1000000000"),
+    "fraction": (2.5, TypeError, r"stats_interval must be a positive int, got 2.5 \(float\)"),
+    "whole float": (4.0, TypeError, r"stats_interval must be a positive int, got 4.0 \(float\)"),
+    "bool": (True, TypeError, r"stats_interval must be a positive int, got True \(bool\)"),
+    "text": ("4", TypeError, r"stats_interval must be a positive int, got '4' \(str\)"),
+    "none": (None, TypeError, r"stats_interval must be a positive int, got None"),
+    "tensor": (torch.tensor(4), TypeError, r"stats_interval must be a positive int, got tensor\(4\)"),
+}
+TAKES_AN_INTERVAL = {
+    "FastDeconv1d": lambda k: FastDeconv1d(3, 4, 3, stats_interval=k),
+    "FastDeconv": lambda k: FastDeconv(3, 4, 3, stats_interval=k),
+    "FastDeconv3d": lambda k: FastDeconv3d(3, 4, 3, stats_interval=k),
+    "Delinear": lambda k: Delinear(3, 4, stats_interval=k),
+    "ChannelDeconv": lambda k: ChannelDeconv(3, stats_interval=k),
+    "fast_deconv": lambda k: conv(stats_interval=k, step=3),
+    "delinear": lambda k: lin(stats_interval=k, step=3),
+    "convert_deconv": lambda k: convert_deconv(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), stats_interval=k),
+}
+
+
+@pytest.mark.parametrize("value", NO_INTERVALS)
+@pytest.mark.parametrize("what", TAKES_AN_INTERVAL)
+def test_an_interval_that_is_none_is_refused(what, value):
+    interval, error, message = NO_INTERVALS[value]
+    if value == "endless" and what in ("fast_deconv", "delinear"):  # which have no need to walk so far
+        TAKES_AN_INTERVAL[what](interval)
+        return
+    with pytest.raises(error, match=message):
+        TAKES_AN_INTERVAL[what](interval)
+
+
+@pytest.mark.parametrize("value", NO_INTERVALS)
+@pytest.mark.parametrize("layer", [FastDeconv(3, 4, 3, stats_interval=4), Delinear(6, 4), ChannelDeconv(3)], ids=type)
+def test_an_interval_that_is_refused_leaves_the_layer(layer, value):
+    interval, error, message = NO_INTERVALS[value]
+    before, had, places = copy.deepcopy(layer.state_dict()), layer.stats_interval, layer._places
+    with pytest.raises(error, match=message):
+        layer.stats_interval = interval
+    assert layer.stats_interval == had
+    assert layer._places is places
+    assert layer.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("value", ["zero", "endless"])
+def test_a_model_that_is_refused_an_interval_stays_as_it_was(value):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    interval, error, message = NO_INTERVALS[value]
+    with pytest.raises(error, match=message):
+        convert_deconv(model, stats_interval=interval)
+    assert [type(m) for m in model] == [nn.Conv2d, nn.BatchNorm2d]
 
 
 @pytest.mark.parametrize(

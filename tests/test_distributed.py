@@ -623,6 +623,129 @@ def test_fsdp2(pair: Pair, split: tuple[int, int]) -> None:
     _assert_states(pair(_fsdp, split), _whole_state())
 
 
+# ------------------------------------------------------------------------------------------ statistics every few steps
+
+
+def _interval_steps(rank: int, name: str, split: tuple[int, int] | None, backend: str = "torch") -> dict[str, Any]:
+    """34 steps at an interval of 4 on these images of each batch, in one process on all of them; gradients summed."""
+    layer = _layer(name, torch.float64, backend)
+    layer.stats_interval = 4
+    if split is not None:
+        convert_sync_deconv(layer)
+    rows = slice(None) if split is None else _rows(rank, split)
+    ys, grads = [], []
+    for step in range(34):
+        x = randn(9, *LAYERS[name][1], seed=step) * (1 + step % 3) + 0.5
+        own = x[rows].requires_grad_()
+        y = layer(own)
+        y.backward(randn(*(9, *y.shape[1:]), seed=4)[rows])
+        ys.append(y.detach())
+        grads.append(own.grad)
+    return {
+        "y": torch.stack(ys, 1),
+        "grad_x": torch.stack(grads, 1),
+        "grads": [p.grad for p in layer.parameters()],
+        "buffers": list(layer.buffers()),
+    }
+
+
+@pytest.mark.parametrize("split", [(7, 2), (0, 9)], ids=str)
+@pytest.mark.parametrize("name", ["3x3", "groups", "1d", "frozen", "linear", "channels"])
+def test_two_processes_equal_one_at_an_interval(pair: Pair, name: str, split: tuple[int, int]) -> None:
+    _check(pair(_interval_steps, name, split), _interval_steps(0, name, None), TOLERANCE[torch.float64])
+
+
+def test_two_processes_equal_one_at_an_interval_on_the_reference(pair: Pair) -> None:
+    whole = _interval_steps(0, "3x3", None, "reference")
+    _check(pair(_interval_steps, "3x3", (5, 4), "reference"), whole, TOLERANCE[torch.float64])
+
+
+def _count_by_step(rank: int, name: str) -> list[int]:
+    layer = _layer(name, torch.float64)
+    layer.stats_interval = 4
+    convert_sync_deconv(layer)
+    x = _batch(name, torch.float64, 2 * rank).requires_grad_()  # an empty one on rank 0
+    return [_collectives(lambda: layer(x).sum().backward()) for _ in range(30)]
+
+
+@pytest.mark.parametrize("name", ["3x3", "linear", "channels"])
+def test_stale_steps_communicate_nothing(pair: Pair, name: str) -> None:
+    expected = [2 if step < 20 or step % 4 == 0 else 0 for step in range(30)]
+    assert pair(_count_by_step, name) == [expected, expected]
+
+
+def _scheduled_model(steps: int) -> nn.Sequential:
+    """Trained for so many steps, of three each time."""
+    model = _model()
+    for layer in model:
+        if isinstance(layer, (FastDeconv, Delinear)):
+            layer.stats_interval = 4
+    for _ in range(steps // 3):
+        _train(model, slice(None))
+    return model
+
+
+def _resumed_on_rank_0(rank: int, split: tuple[int, int]) -> dict[str, Tensor]:
+    model = convert_sync_deconv(_scheduled_model(21 if rank == 0 else 0))
+    ddp = DistributedDataParallel(model, **NO_BROADCAST)
+    for _ in range(5):
+        _train(ddp, _rows(rank, split), 2.0)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("split", [(5, 3), (8, 0)], ids=str)
+def test_rank_0_alone_resumes(pair: Pair, split: tuple[int, int]) -> None:
+    """And both go on in step with it: the statistics are taken in the same steps, over both ranks' images."""
+    whole = _scheduled_model(36).state_dict()
+    assert whole["0.num_batches_tracked"] == 36
+    _assert_states(pair(_resumed_on_rank_0, split), whole)
+
+
+@pytest.mark.parametrize("options", [{}, NO_BROADCAST], ids=["broadcast", "no broadcast"])
+def test_rank_0_alone_resumes_without_common_statistics(pair: Pair, options: dict[str, bool]) -> None:
+    """Both ranks train on all images, so that each one's statistics are one process's."""
+    _assert_states(pair(_everything_on_both, options), _scheduled_model(36).state_dict())
+
+
+def _everything_on_both(rank: int, options: dict[str, bool]) -> dict[str, Tensor]:
+    model = _scheduled_model(21 if rank == 0 else 0)
+    ddp = DistributedDataParallel(model, **options)
+    for _ in range(5):
+        _train(ddp, slice(None))
+    return model.state_dict()
+
+
+def _fsdp_at_an_interval(rank: int) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+    model = convert_sync_deconv(_scheduled_model(21), mesh.get_group())
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for _ in range(5):
+        _train(model, _rows(rank, (6, 2)), 2.0)
+    state = model.state_dict()
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+
+
+def test_fsdp2_at_an_interval(pair: Pair) -> None:
+    _assert_states(pair(_fsdp_at_an_interval), _scheduled_model(36).state_dict())
+
+
+def _compiled_at_an_interval(rank: int) -> dict[str, Tensor]:
+    torch._dynamo.reset()
+    model = convert_sync_deconv(_scheduled_model(21 if rank == 0 else 0))
+    ddp = DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager"), **NO_BROADCAST)
+    for _ in range(5):
+        _train(ddp, _rows(rank, (5, 3)), 2.0)
+    return model.state_dict()
+
+
+def test_rank_0_alone_resumes_compiled(pair: Pair) -> None:
+    ranks = pair(_compiled_at_an_interval, timeout=SLOW_CALL_TIMEOUT)
+    _assert_states(ranks, _scheduled_model(36).state_dict())
+
+
 # ------------------------------------------------------------------------------------------ the attribute, bad input
 
 
@@ -661,6 +784,7 @@ DISAGREEMENTS: dict[str, Callable[[int], nn.Module]] = {
     "a layer more": lambda rank: nn.Sequential(*(FastDeconv(4, 4, 3) for _ in range(1 + rank))),
     "dtype": lambda rank: nn.Sequential(FastDeconv(4, 4, 3, dtype=(torch.float32, torch.float64)[rank])),
     "freezing": lambda rank: nn.Sequential(FastDeconv(4, 4, 3, freeze=True, freeze_iter=10 + rank)),
+    "interval": lambda rank: nn.Sequential(FastDeconv(4, 4, 3, stats_interval=1 + 3 * rank)),
     "kind": lambda rank: nn.Sequential((Delinear(8, 8, block=4), ChannelDeconv(4))[rank]),
 }
 

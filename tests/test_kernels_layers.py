@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import tdeconv
 from tdeconv import ops
 from tdeconv.kernels import precision
+from tdeconv.schedule import every_step
 
 convolution = importlib.import_module("tdeconv.kernels.convolve")  # the package exports a function of that name
 
@@ -97,6 +98,24 @@ def test_module_in_training_and_evaluation(name):
     layer.eval()
     oracle.eval()
     assert_close(layer(x), oracle(x.double()), F32_TOLERANCE)
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+@WAYS
+@pytest.mark.parametrize("name", MODULES)
+def test_module_in_a_stale_step(name, way):
+    """Against the reference's in float64, with statistics of another batch."""
+    torch.manual_seed(0)
+    layer, shape = MODULES[name](momentum=1, stats_interval=4, backend="torch")
+    layer(2 * randn(*shape, dtype=torch.float32, seed=1) + 0.5)
+    oracle = copy.deepcopy(layer).double()
+    layer.backend, oracle.backend = "triton", "reference"
+    x = randn(*shape, dtype=torch.float32)
+    before = copy.deepcopy(layer.state_dict())
+    with convolution.use(way), every_step([layer, oracle], fresh=False):
+        assert_close(train_step(layer, x), train_step(oracle, x.double()), F32_TOLERANCE)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
 @interpreted
@@ -217,9 +236,12 @@ def test_real_layer_has_the_same_bits_twice(name, dtype, way):
 
 
 @pytest.mark.gpu
-def test_real_layer_in_a_cuda_graph():
-    """Nothing waits for the device."""
+@pytest.mark.parametrize("start", [2, 24, 25], ids=["early", "fresh", "stale"])
+def test_real_layer_in_a_cuda_graph(start):
+    """Nothing waits for the device, whatever the kind of step; of a fresh one the output is the batch's alone."""
     layer, x = real_layer("resnet_3x3", torch.bfloat16, "channels_last")
+    layer.stats_interval = 4
+    layer._set_steps(start)
     x.requires_grad_()
 
     def step():
@@ -230,6 +252,7 @@ def test_real_layer_in_a_cuda_graph():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), convolution.use("triton"):
         expected = step()
+    layer._set_steps(start)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with convolution.use("triton"), torch.cuda.graph(graph):

@@ -20,8 +20,8 @@ INTRODUCTION = (
 )
 WITHIN = (
     "An interval is *within the seeds' spread* unless its mean accuracy is below that of interval 1 by more than the "
-    "standard deviation over seeds, pooled over the two, and by more than one image. With 3 seeds, luck alone puts one "
-    "in seven outside."
+    "standard deviation over seeds, pooled over the two, and by more than one image, or one of its runs diverged. With "
+    "3 seeds, luck alone puts one in seven outside."
 )
 
 
@@ -82,6 +82,8 @@ def differences(lines: Lines, interval: int) -> list[float]:
 def within(lines: Lines, interval: int) -> bool:
     """Whether the interval's mean accuracy is within the seeds' spread of interval 1's: see :data:`WITHIN`."""
     both = [lines[Line("deconvolution", k)].values() for k in (1, interval)]
+    if any(run["test_loss"] is None for run in both[1]):  # diverged: no spread excuses it
+        return False
     accuracies = [[run["test_accuracy"] for run in runs] for runs in both]
     variances = [statistics.variance(values) if len(values) > 1 else 0.0 for values in accuracies]
     image = 1 / next(iter(both[0]))["test_images"]

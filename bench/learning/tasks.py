@@ -122,5 +122,6 @@ def _read(path: Path) -> Tensor:
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
-    shape = np.frombuffer(content, ">i4", content[3], offset=4)
+    rank = np.frombuffer(content, np.uint8, 4)[3]  # refuses, as the next line does, where there are too few bytes
+    shape = np.frombuffer(content, ">i4", rank, offset=4)
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tdeconv.arguments import positive_int
 from tdeconv.demo.data import DataSet, load
 from tdeconv.demo.errors import DemoError
-from tdeconv.demo.models import build
+from tdeconv.demo.models import Line, build
 from tdeconv.demo.options import DEFAULTS
 from tdeconv.demo.train import MOMENTUM, WEIGHT_DECAY, batches_of, steps_per_epoch
 from tdeconv.distributed import convert_sync_deconv
@@ -89,7 +89,7 @@ def accuracy(model: nn.Module, data: DataSet, device: torch.device) -> float:
 def train(args: argparse.Namespace, data: DataSet, device: torch.device) -> None:
     """Every epoch's loss and accuracy, printed by the first process."""
     torch.manual_seed(0)
-    net = build("slim", "deconvolution", data.channels, len(data.classes)).to(device)
+    net = build("slim", Line("deconvolution"), data.channels, len(data.classes)).to(device)
     if args.sync == "on":
         convert_sync_deconv(net)
     model = torch.compile(net) if args.compile else net

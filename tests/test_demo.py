@@ -28,6 +28,8 @@ from tdeconv.demo import data, main, models, options, report, train, whitening
 from tdeconv.demo.errors import DemoError
 
 PICTURES = {"training.png", "covariance.png", "kernels.png", "photographs.png", "densities.png"}
+BASE = "batch_norm"
+NAMES = [BASE, "deconvolution_1", "deconvolution_4", "deconvolution_10"]
 TINY = ("--data", "digits", "--epochs", "3", "--seeds", "0")
 
 
@@ -68,22 +70,32 @@ def test_a_demo_writes_its_pictures_and_results_and_says_where(tiny: tuple[Path,
     assert set(names.split()) == PICTURES | {"results.json"}
 
 
-def test_a_demo_prints_a_row_per_epoch_with_both_networks(tiny: tuple[Path, str]) -> None:
+def test_a_demo_prints_a_row_per_epoch_with_all_lines(tiny: tuple[Path, str]) -> None:
+    head, below = tiny[1].splitlines()[1:3]
+    assert head.split() == ["batch", "norm", *["deconvolution"] * 3]
+    assert below.split() == ["every", "step", "every", "4th", "step", "every", "10th", "step"]
     rows = [line.split() for line in tiny[1].splitlines() if line.split()[1:2] in (["1/3"], ["2/3"], ["3/3"])]
     assert [row[1] for row in rows] == ["1/3", "2/3", "3/3"]
     for row in rows:  # seed, epoch, then loss, accuracy, step time of each
-        assert (row[4], row[6], row[9], row[11]) == ("%", "ms", "%", "ms")
-        assert all(float(row[k]) > 0 for k in (2, 3, 5, 7, 8, 10))
+        assert (row[4::5], row[6::5]) == (["%"] * 4, ["ms"] * 4)
+        assert all(float(value) > 0 for start in (2, 3, 5) for value in row[start::5])
+
+
+def test_a_demo_concludes_with_each_line_by_its_title(tiny: tuple[Path, str]) -> None:
+    for line in settings_for(*TINY).lines:
+        assert sum(row.startswith(f"  {line.title}  ") for row in tiny[1].splitlines()) == 1 + (line.name != BASE)
 
 
 def test_results_hold_every_epoch_and_step_of_every_run(tiny: tuple[Path, str]) -> None:
     results = json.loads((tiny[0] / "results.json").read_text())
-    assert results["format"] == "tdeconv-demo/1"
+    assert results["format"] == "tdeconv-demo/2"
     assert results["versions"]["torch"] == torch.__version__
     assert results["settings"]["seeds"] == [0]
     assert results["settings"]["backend"] == "torch"
     assert results["data"] == {"name": "digits", "classes": list("0123456789"), "image": [1, 8, 8], "test_images": 359}
-    assert [(run["method"], run["seed"]) for run in results["runs"]] == [("batch_norm", 0), ("deconvolution", 0)]
+    assert results["settings"]["intervals"] == [1, 4, 10]
+    assert [(run["line"], run["seed"]) for run in results["runs"]] == [(name, 0) for name in NAMES]
+    assert list(results["summary"]) == NAMES
     for run in results["runs"]:
         assert [epoch["number"] for epoch in run["epochs"]] == [1, 2, 3]
         assert len(run["step_loss"]) == len(run["step_seconds"]) == 3 * (1438 // 64)
@@ -91,11 +103,13 @@ def test_results_hold_every_epoch_and_step_of_every_run(tiny: tuple[Path, str]) 
         last = run["epochs"][-1]
         assert last["seconds"] == run["step_seconds"][-1]
         assert last["train_loss"] == pytest.approx(np.mean(run["step_loss"][-22:]))
-        summary = results["summary"][run["method"]]["test_accuracy"]
+        begin = run["epochs"][-2]["seconds"]
+        assert last["mean_step_seconds"] == pytest.approx((last["seconds"] - begin) / 22)
+        summary = results["summary"][run["line"]]["test_accuracy"]
         assert summary == {"mean": last["test_accuracy"], "std": None, "values": [last["test_accuracy"]]}
 
 
-def test_both_networks_learn_the_digits(tiny: tuple[Path, str]) -> None:
+def test_all_lines_learn_the_digits(tiny: tuple[Path, str]) -> None:
     results = json.loads((tiny[0] / "results.json").read_text())
     for run in results["runs"]:
         assert run["epochs"][-1]["test_accuracy"] > 0.95
@@ -156,7 +170,7 @@ def test_a_seed_decides_the_images_and_their_order(name: str) -> None:
     assert (z.std((0, 2, 3)) - 1).abs().max() < 0.05
 
 
-def test_batches_are_the_same_for_both_methods_and_differ_between_epochs_and_seeds() -> None:
+def test_batches_are_the_same_for_all_lines_and_differ_between_epochs_and_seeds() -> None:
     images = data.load("digits")
     first, again = (train.batches_of(images, 1, 1, 64) for _ in range(2))
     assert len(first) == 1438 // 64 == train.steps_per_epoch(images, 64)
@@ -246,38 +260,73 @@ def test_damaged_images_are_one_line(content: bytes, tmp_path: Path, capsys: pyt
 # networks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["slim", "vgg11"])
+LINES = (models.Line("batch_norm"), models.Line("deconvolution"), models.Line("deconvolution", 10))
+
+
+@pytest.mark.parametrize("arch", ["slim", "resnet", "vgg11"])
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 24, 24)])
 def test_networks_score_images_of_any_size(arch: str, shape: tuple[int, ...]) -> None:
-    for method in models.METHODS:
-        network = models.build(arch, method, shape[1], 7).eval()
+    for line in LINES:
+        network = models.build(arch, line, shape[1], 7).eval()
         assert network(torch.rand(shape)).shape == (2, 7)
 
 
-def test_the_methods_start_from_equal_weights_and_normalise_once() -> None:
-    networks = []
-    for method in models.METHODS:
-        torch.manual_seed(5)
-        networks.append(models.build("slim", method, 3, 10))
-    plain, ours = (
-        [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear, tdeconv.FastDeconv))]
-        for net in networks
-    )
-    assert len(plain) == len(ours) == 6
-    for a, b in zip(plain, ours, strict=True):
-        assert torch.equal(a.weight, b.weight)
-        assert torch.equal(a.bias, b.bias)
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in networks[0].modules()) == 5
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in networks[1].modules())
-    assert [layer.in_channels // layer.block for layer in ours[:-1]] == [1, 2, 2, 4, 8]
+def layers_of(line: models.Line, arch: str) -> tuple[torch.nn.Module, list[Any]]:
+    torch.manual_seed(5)
+    network = models.build(arch, line, 3, 10)
+    kinds = (torch.nn.Conv2d, torch.nn.Linear, tdeconv.FastDeconv)
+    return network, [layer for layer in network.modules() if isinstance(layer, kinds)]
+
+
+@pytest.mark.parametrize(("arch", "groups"), [("slim", [1, 2, 2, 4, 8]), ("resnet", [1, 2, 2, 2, 4, 2, 4, 8, 4])])
+def test_the_lines_start_from_equal_weights_and_normalise_once(arch: str, groups: list[int]) -> None:
+    (base, plain), (network, ours), (_, sparse) = (layers_of(line, arch) for line in LINES)
+    for a, *others in zip(plain, ours, sparse, strict=True):
+        for b in others:
+            assert torch.equal(a.weight, b.weight)
+            assert torch.equal(a.bias, b.bias)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in base.modules()) == len(groups)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+    assert [layer.in_channels // layer.block for layer in ours[:-1]] == groups
     assert isinstance(ours[-1], tdeconv.Delinear)
     assert (ours[0].freeze, ours[0].n_iter) == (True, 15)
+    assert not any(layer.freeze for layer in ours[1:-1])
+    assert {layer.stats_interval for layer in ours} == {1}
+    assert [layer.stats_interval for layer in sparse] == [10] * len(groups) + [1]
+
+
+def test_a_residual_block_adds_its_input_where_the_shapes_allow_it() -> None:
+    network, _ = layers_of(LINES[0], "resnet")
+    same, narrower, _ = (module for module in network.modules() if isinstance(module, models.Residual))
+    x = randn(2, 32, 9, 9).float()
+    torch.testing.assert_close(same(x), torch.relu(same.body(x) + x))
+    assert narrower(x).shape == (2, 64, 5, 5)
+    assert narrower.shortcut[0].kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (22, "22nd"), (112, "112th")]
+)
+def test_ordinals(number: int, text: str) -> None:
+    assert models.ordinal(number) == text
+
+
+def test_training_at_long_intervals_stays_near_that_of_every_step() -> None:
+    """Within the first 60 steps, at the rate that is the default: no loss is far above the first."""
+    images = data.photographs(test_size=20)
+    settings = settings_for("--epochs", "2")
+    for interval in (1, 10):
+        learner = train.Learner(models.Line("deconvolution", interval), 0, images, settings, 100)
+        batches = train.batches_of(images, 0, 1, 64) + train.batches_of(images, 0, 2, 64)[:10]
+        end = learner.train_epoch(1, batches, lambda *a: None)
+        assert max(learner.run.step_loss) < 1.5 * learner.run.step_loss[0], interval
+        assert end.train_loss < 1.5
 
 
 def test_training_again_gives_the_same_losses() -> None:
     images = data.load("digits")
     settings = settings_for(*TINY, "--epochs", "1", "--batch-size", "400")
-    first, again = ([r for *_, r in train.train(images, settings, lambda *a: None)] for _ in range(2))
+    first, again = (list(train.train(images, settings, lambda *a: None)) for _ in range(2))
     for a, b in zip(first[0], again[0], strict=True):
         assert a.step_loss == pytest.approx(b.step_loss, rel=1e-4)
         assert a.epochs[0].test_accuracy == pytest.approx(b.epochs[0].test_accuracy, abs=0.01)
@@ -383,37 +432,68 @@ def test_density_is_a_density() -> None:
 # report -------------------------------------------------------------------------------------------------------------
 
 
-def run_of(method: str, seed: int, accuracy: float, step: float) -> train.Run:
-    return train.Run(method, seed, [train.Epoch(1, 0.5, 0.6, accuracy, step, 2 * step)], [0.6, 0.4], [step, 2 * step])
+def run_of(interval: int, seed: int, accuracies: list[float], step: float) -> train.Run:
+    """A run of two steps an epoch: batch norm's (interval 0), or deconvolution's."""
+    line = models.Line("deconvolution", interval) if interval else models.Line(BASE)
+    epochs = [train.Epoch(n, 0.5, 0.6, accuracy, step, 2 * n * step) for n, accuracy in enumerate(accuracies, 1)]
+    return train.Run(line, seed, epochs, [0.6, 0.4], [step, 2 * step])
 
 
 def test_the_summary_is_paired_by_seed_and_has_a_spread() -> None:
     runs = [
-        run_of("batch_norm", 0, 0.5, 0.02), run_of("deconvolution", 0, 0.4, 0.03),
-        run_of("batch_norm", 1, 0.7, 0.02), run_of("deconvolution", 1, 0.8, 0.03),
+        run_of(0, 0, [0.5], 0.02), run_of(4, 0, [0.4], 0.03),
+        run_of(0, 1, [0.7], 0.02), run_of(4, 1, [0.8], 0.03),
     ]  # fmt: skip
     summary = report.summarise(runs)
-    assert summary["batch_norm"]["test_accuracy"]["mean"] == pytest.approx(0.6)
-    assert summary["batch_norm"]["test_accuracy"]["std"] == pytest.approx(0.2 / math.sqrt(2))
-    gain = summary["deconvolution_minus_batch_norm"]["test_accuracy"]
-    assert gain["values"] == pytest.approx([-0.1, 0.1])
-    assert gain["mean"] == pytest.approx(0)
-    assert summary["step_time_ratio"] == pytest.approx(1.5)
-    text = report.conclusion(summary, settings_for("--seeds", "0", "1"))
+    assert list(summary) == [BASE, "deconvolution_4"]
+    assert summary[BASE]["test_accuracy"]["mean"] == pytest.approx(0.6)
+    assert summary[BASE]["test_accuracy"]["std"] == pytest.approx(0.2 / math.sqrt(2))
+    found = summary["deconvolution_4"]["against_batch_norm"]
+    assert found["test_accuracy"]["values"] == pytest.approx([-0.1, 0.1])
+    assert found["test_accuracy"]["mean"] == pytest.approx(0)
+    assert found["step_time_ratio"] == pytest.approx(1.5)
+    text = report.conclusion(summary, settings_for("--seeds", "0", "1", "--intervals", "4"))
     assert "60.0 +- 14.1 %" in text
-    assert "+0.0 +- 14.1 points of accuracy, at 1.50 times" in text
+    assert "deconvolution, statistics every 4th step  +0.0 +- 14.1 points of accuracy, at 1.50 times" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "step", "least"),
+    [
+        # batch norm ends epochs at seconds 2, 4 and 6, with accuracies .5, .6 and .7
+        ([0.6, 0.7, 0.9], 1.0, 0.1),
+        ([0.6, 0.7, 0.9], 2.0, -0.1),  # at second 6, one epoch behind: .6 against .7
+        ([0.9, 0.9], 4.0, 0.2),  # the first epoch, up to second 8, does not count; batch norm stays at .7 from 6 on
+        ([0.8, 0.4, 0.8], 0.1, 0.1),  # all of it is done before batch norm's first epoch
+    ],
+)
+def test_the_least_lead_is_at_the_worst_second_after_both_first_epochs(
+    ours: list[float], step: float, least: float
+) -> None:
+    base = run_of(0, 0, [0.5, 0.6, 0.7], 1.0)
+    assert report.least_lead([base], [run_of(10, 0, ours, step)]) == pytest.approx(least)
+
+
+def test_whether_a_line_is_always_ahead_is_said_either_way() -> None:
+    runs = [run_of(0, 0, [0.5, 0.6], 1.0), run_of(1, 0, [0.4, 0.9], 1.0), run_of(10, 0, [0.6, 0.8], 1.0)]
+    summary = report.summarise(runs)
+    text = report.conclusion(summary, settings_for("--seeds", "0", "--intervals", "1", "10"))
+    assert "after both first epochs not ahead at every moment: at worst 10.0 points behind" in text
+    assert "after both first epochs ahead at every moment, by 10.0 points at least" in text
+    lead = summary["deconvolution_10"]["against_batch_norm"]["least_lead"]
+    assert (lead["of_means"], lead["values"]) == (pytest.approx(0.1), pytest.approx([0.1]))
 
 
 def test_one_seed_claims_no_spread_and_a_loss_is_said() -> None:
-    runs = [run_of("batch_norm", 0, 0.5, 0.02), run_of("deconvolution", 0, 0.4, 0.03)]
-    text = report.conclusion(report.summarise(runs), settings_for("--seeds", "0"))
+    runs = [run_of(0, 0, [0.5], 0.02), run_of(1, 0, [0.4], 0.03)]
+    text = report.conclusion(report.summarise(runs), settings_for("--seeds", "0", "--intervals", "1"))
     assert "a single seed" in text
     assert "+-" not in text
     assert "-10.0 points" in text
 
 
 def test_a_diverged_run_is_null_in_the_results() -> None:
-    runs = [run_of(method, 0, 0.1, 0.02) for method in models.METHODS]
+    runs = [run_of(interval, 0, [0.1], 0.02) for interval in (0, 1)]
     runs[1].epochs[0].train_loss = math.nan
     runs[1].step_loss[1] = math.inf
     images = data.photographs(train_size=10, test_size=10)
@@ -452,6 +532,8 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         (["--lr", "1", "2", "3"], "--lr must be one or two positive numbers, got 1.0 2.0 3.0"),
         (["--seeds", "-1"], "--seeds must be different integers from 0 to"),
         (["--seeds", "3", "3"], "--seeds must be different integers from 0 to"),
+        (["--intervals", "0"], "--intervals must be different positive integers, got 0"),
+        (["--intervals", "4", "1", "4"], "--intervals must be different positive integers, got 4 1 4"),
         (["--device", "toaster"], "--device 'toaster' cannot be used"),
         (["--device", "meta"], "--device 'meta' cannot be used: Tensor.item() cannot be called on meta tensors"),
         (["--data", "mnist"], "--data mnist needs --root DIR"),
@@ -471,7 +553,9 @@ def test_a_bad_request_is_refused_before_training(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", [["--seeds", "one"], ["--epochs", "1.5"], ["--data", "imagenet"], ["--arch", "x"]])
+@pytest.mark.parametrize(
+    "option", [["--seeds", "one"], ["--epochs", "1.5"], ["--intervals", "1.5"], ["--data", "imagenet"], ["--arch", "x"]]
+)
 def test_what_is_no_number_or_choice_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["demo", *option])
@@ -526,14 +610,14 @@ def test_an_interrupted_demo_leaves_the_earlier_results(
 ) -> None:
     (tmp_path / "results.json").write_text("earlier")
     calls = iter(range(100))
-    step = train.Learner._step
+    step = train.Learner.step
 
-    def interrupted(learner: train.Learner, x: Tensor, y: Tensor) -> float:
+    def interrupted(learner: train.Learner, x: Tensor, y: Tensor) -> tuple[float, float]:
         if next(calls) == 10:  # within the second epoch
             raise KeyboardInterrupt
         return step(learner, x, y)
 
-    monkeypatch.setattr(train.Learner, "_step", interrupted)
+    monkeypatch.setattr(train.Learner, "step", interrupted)
     assert cli.main(["demo", *TINY, "--batch-size", "400", "--out", str(tmp_path)]) == 130
     assert "interrupted before it was complete; nothing was written" in capsys.readouterr().err
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"results.json": "earlier"}

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tdeconv.demo.data import (
     PHOTOGRAPHS,
     DataSet,
+    Labelled,
     digits,
     fixed,
     from_torchvision,
@@ -100,14 +101,27 @@ def load(name: str, size: int, root: Path | None = None, download: bool = False)
 
 def _debians(name: str) -> DataSet:
     try:
-        train, test = ((_read(part, "images-idx3"), _read(part, "labels-idx1").long()) for part in ("train", "t10k"))
+        train, test = (read_labelled(DEBIAN, part, "ubyte.gz") for part in ("train", "t10k"))
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"the data of {name} in {DEBIAN} cannot be read: {error}") from error
-    return fixed(name, tuple("0123456789"), (train[0].unsqueeze(1), train[1]), (test[0].unsqueeze(1), test[1]))
+    return fixed(name, tuple("0123456789"), train, test)
 
 
-def _read(part: str, what: str) -> Tensor:
+def read_labelled(folder: Path, part: str, ending: str = "ubyte") -> Labelled:
+    """The part ``"train"`` or ``"t10k"`` of a data set in MNIST's format: images ``(N, 1, H, W)`` and labels.
+
+    Raises:
+        OSError, EOFError, ValueError: a file is missing or damaged.
+    """
+    images, labels = (_read(folder / f"{part}-{what}-{ending}") for what in ("images-idx3", "labels-idx1"))
+    return images.unsqueeze(1), labels.long()
+
+
+def _read(path: Path) -> Tensor:
     """A file of MNIST's format: two zero bytes, 8 for bytes, the number of dimensions, these, and the bytes."""
-    content = gzip.decompress((DEBIAN / f"{part}-{what}-ubyte.gz").read_bytes())
-    shape = np.frombuffer(content, ">i4", content[3], offset=4)
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    rank = np.frombuffer(content, np.uint8, 4)[3]  # refuses, as the next line does, where there are too few bytes
+    shape = np.frombuffer(content, ">i4", rank, offset=4)
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -14,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from tdeconv.demo.models import METHODS, TITLES
-from tdeconv.demo.train import Run
+from tdeconv.demo.train import Run, by_line
 from tdeconv.demo.whitening import Density, PatchWhitening, PixelDeconvolution
 
 INK, FAINT = "#222222", "#767676"
-COLOURS = {"batch_norm": "#d9720b", "deconvolution": "#1c63c4"}
-BEFORE, AFTER = "#8a8a8a", COLOURS["deconvolution"]
+ORANGE, BLUE = "#d9720b", "#1c63c4"
+LINES = (ORANGE, BLUE, "#12876f", "#8b3fae", "#a8263b", "#6b6b1f")  # batch norm's, then deconvolution's
+BEFORE, AFTER = "#8a8a8a", BLUE
 RGB = {"R": "#d02f2f", "G": "#2a8f3c", "B": "#2b5fd0"}
 STYLE: Any = {
     "font.size": 10,
@@ -68,8 +69,9 @@ def training(runs: Sequence[Run], dataset: str, arch: str) -> bytes:
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(2, 2, sharey="row")
-        for method in METHODS:
-            _curves(panels, [run for run in runs if run.method == method], COLOURS[method], TITLES[method])
+        lines = by_line(runs)
+        for (line, of_line), colour in zip(lines.items(), cycle(LINES), strict=False):
+            _curves(panels, of_line, colour, line.title)
         for column, label in enumerate(("epochs", "training time in seconds, evaluation excluded")):
             panels[0, column].set(yscale="log")
             panels[0, column].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
@@ -84,14 +86,14 @@ def training(runs: Sequence[Run], dataset: str, arch: str) -> bytes:
         panels[1, 0].set(ylabel="test accuracy, %")
         panels[0, 1].legend(loc="upper right")
         figure.align_ylabels(panels[:, 0])
-        if len(runs) > len(METHODS):
+        if len(runs) > len(lines):
             panels[0, 0].set_title("thick: mean of the seeds; thin: each seed", fontsize=9, color=FAINT)
 
     return _png((10, 7), f"Network '{arch}' on {dataset}: the same data, seeds and schedule", draw)
 
 
 def _curves(panels: Any, runs: list[Run], colour: str, title: str) -> None:
-    """One method's four curves: thin for each seed, thick for the mean over seeds."""
+    """One line's four curves: thin for each seed, thick for the mean over seeds."""
     steps = len(runs[0].step_loss)
     window = max(1, steps // 30)
     keep = steps // window * window

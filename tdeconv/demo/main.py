@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from tdeconv.backends import use_backend
 from tdeconv.demo import data, figures, report, train, whitening
 from tdeconv.demo.errors import DemoError
-from tdeconv.demo.models import METHODS, TITLES
+from tdeconv.demo.models import Line
 from tdeconv.demo.options import Settings, check_folder, settings_of
 
 SHOWN = ("cat", "coffee", "motorcycle")
@@ -56,18 +56,19 @@ def _run(args: argparse.Namespace) -> int:
 
 def _train(images: data.DataSet, settings: Settings) -> list[train.Run]:
     """Train every seed's networks, with a progress bar and a row of the table per epoch."""
-    total = len(settings.seeds) * len(METHODS) * settings.epochs * train.steps_per_epoch(images, settings.batch_size)
+    steps = settings.epochs * train.steps_per_epoch(images, settings.batch_size)
+    total = len(settings.seeds) * len(settings.lines) * steps
     runs: list[train.Run] = []
     with tqdm(total=total, unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
 
-        def on_step(method: str, seed: int, epoch: int, loss: float) -> None:
-            bar.set_description(f"seed {seed} epoch {epoch} {TITLES[method]}", refresh=False)
+        def on_step(line: Line, seed: int, epoch: int, loss: float) -> None:
+            bar.set_description(f"seed {seed} epoch {epoch} {line.title}", refresh=False)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        bar.write(report.header(), file=sys.stdout)
-        for seed, records, of_seed in train.train(images, settings, on_step):
-            bar.write(report.line(seed, settings.epochs, records), file=sys.stdout)
+        bar.write(report.header(settings.lines), file=sys.stdout)
+        for of_seed in train.train(images, settings, on_step):
+            bar.write(report.row(of_seed, settings.epochs), file=sys.stdout)
             sys.stdout.flush()
             if len(of_seed[0].epochs) == settings.epochs:
                 runs += of_seed

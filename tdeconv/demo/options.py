@@ -12,20 +12,28 @@ import torch
 from tdeconv.arguments import check_writable, nonempty_path
 from tdeconv.backends import BackendUnavailable, choose
 from tdeconv.demo.errors import DemoError
-from tdeconv.demo.models import ARCHS, METHODS
+from tdeconv.demo.models import ARCHS, METHODS, Line
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to train; ``lr`` has a learning rate per method of :data:`METHODS`."""
+    """What to train: batch norm, and deconvolution at each of the ``intervals``.
+
+    ``lr`` has a learning rate per method of :data:`METHODS`: deconvolution's is the same at all intervals.
+    """
 
     arch: str
     epochs: int
     batch_size: int
     lr: dict[str, float]
     seeds: tuple[int, ...]
+    intervals: tuple[int, ...]
     device: str = "cpu"
     backend: str = "auto"
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        return Line("batch_norm"), *(Line("deconvolution", interval) for interval in self.intervals)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         metavar="LR",
-        help="learning rate: one for both networks, or batch norm's and deconvolution's (default: by data set)",
+        help="learning rate: one for all networks, or batch norm's and deconvolution's (default: by data set)",
+    )
+    add(
+        "--intervals",
+        type=int,
+        nargs="+",
+        default=[1, 4, 10],
+        metavar="K",
+        help="deconvolution takes statistics in every K-th step: one network each (default: 1 4 10)",
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="one run each (default: 0 1 2)")
     add("--device", default="cpu", help="a torch device (default: %(default)s)")
@@ -96,8 +112,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
     seeds = tuple(args.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
         raise DemoError(f"--seeds must be different integers from 0 to 2**32 - 1, got {' '.join(map(str, seeds))}")
+    intervals = tuple(args.intervals)
+    if len(set(intervals)) < len(intervals) or not all(interval > 0 for interval in intervals):
+        raise DemoError(f"--intervals must be different positive integers, got {' '.join(map(str, intervals))}")
     lr = {method: rates[k % len(rates)] for k, method in enumerate(METHODS)}
-    return Settings(args.arch, epochs, args.batch_size, lr, seeds, *_device_and_backend(args.device))
+    return Settings(args.arch, epochs, args.batch_size, lr, seeds, intervals, *_device_and_backend(args.device))
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -1,32 +1,35 @@
-"""Training one network of each method side by side: same data, seed and schedule."""
+"""Training networks side by side, batch norm's and deconvolution's: same data, seed and schedule."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tdeconv.demo.data import DataSet
-from tdeconv.demo.models import METHODS, build
+from tdeconv.demo.models import Line, build
 from tdeconv.demo.options import Settings
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-OnStep = Callable[[str, int, int, float], None]  # method, seed, epoch, loss
+OnStep = Callable[[Line, int, int, float], None]  # line, seed, epoch, loss
 
 
 @dataclass
 class Epoch:
-    """One epoch of one network; ``seconds`` of training so far exclude evaluation."""
+    """One epoch of one network; ``seconds`` of training so far exclude evaluation.
+
+    A step's time is the mean: where only some steps take statistics, the median is that of the others.
+    """
 
     number: int
     train_loss: float
     test_loss: float
     test_accuracy: float
-    median_step_seconds: float
+    mean_step_seconds: float
     seconds: float
 
 
@@ -34,24 +37,32 @@ class Epoch:
 class Run:
     """One network's training: an entry per epoch, and every step's loss and seconds since the start."""
 
-    method: str
+    line: Line
     seed: int
     epochs: list[Epoch] = field(default_factory=list)
     step_loss: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
 
+def by_line(runs: Iterable[Run]) -> dict[Line, list[Run]]:
+    """Every line's runs, the lines and the seeds in the order in which they were trained."""
+    lines: dict[Line, list[Run]] = {}
+    for run in runs:
+        lines.setdefault(run.line, []).append(run)
+    return lines
+
+
 class Learner:
     """A network in training: SGD with momentum, the learning rate falling to zero along a cosine."""
 
-    def __init__(self, method: str, seed: int, data: DataSet, settings: Settings, steps: int) -> None:
+    def __init__(self, line: Line, seed: int, data: DataSet, settings: Settings, steps: int) -> None:
         torch.manual_seed(seed)
-        self.run = Run(method, seed)
+        self.run = Run(line, seed)
         self.data, self.settings = data, settings
-        model = build(settings.arch, method, data.channels, len(data.classes)).to(settings.device)
+        model = build(settings.arch, line, data.channels, len(data.classes)).to(settings.device)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's gap
         self.optimiser = torch.optim.SGD(
-            self.model.parameters(), settings.lr[method], momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+            self.model.parameters(), settings.lr[line.method], momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, steps)
         self.criterion = nn.CrossEntropyLoss()
@@ -60,30 +71,32 @@ class Learner:
         x = self.data.normalise(images).contiguous(memory_format=torch.channels_last)
         return x.to(self.settings.device), labels.to(self.settings.device)
 
-    def _step(self, x: Tensor, y: Tensor) -> float:
+    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """One training step on a batch: its loss, and its seconds from when the batch was there."""
+        x, y = self._tensors(images, labels)
+        start = time.perf_counter()
         loss = self.criterion(self.model(x), y)
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
         self.schedule.step()
-        return loss.item()  # waits for the device, so that a step's time is the step's
+        return loss.item(), time.perf_counter() - start  # item() waits for the device
 
     def train_epoch(self, number: int, batches: list[tuple[Tensor, Tensor]], on_step: OnStep) -> Epoch:
         """One pass over the batches, then the test images; the record is also appended to ``self.run``."""
-        run, durations, losses = self.run, [], []
+        run, losses = self.run, []
         self.model.train()
-        elapsed = run.step_seconds[-1] if run.step_seconds else 0.0
+        start = elapsed = run.step_seconds[-1] if run.step_seconds else 0.0
         for images, labels in batches:
-            x, y = self._tensors(images, labels)
-            start = time.perf_counter()
-            losses.append(self._step(x, y))
-            durations.append(time.perf_counter() - start)
-            elapsed += durations[-1]
+            loss, seconds = self.step(images, labels)
+            losses.append(loss)
+            elapsed += seconds
             run.step_seconds.append(elapsed)
-            on_step(run.method, run.seed, number, losses[-1])
+            on_step(run.line, run.seed, number, loss)
         run.step_loss += losses
         test_loss, accuracy = self.evaluate()
-        record = Epoch(number, statistics.fmean(losses), test_loss, accuracy, statistics.median(durations), elapsed)
+        mean_seconds = (elapsed - start) / len(losses)
+        record = Epoch(number, statistics.fmean(losses), test_loss, accuracy, mean_seconds, elapsed)
         run.epochs.append(record)
         return record
 
@@ -102,7 +115,7 @@ class Learner:
 
 
 def batches_of(data: DataSet, seed: int, epoch: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """An epoch's batches: the same for every method. A last, smaller one is dropped unless it is the only one."""
+    """An epoch's batches: the same for every line. A last, smaller one is dropped unless it is the only one."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     images, labels = data.train(generator)
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
@@ -113,16 +126,17 @@ def steps_per_epoch(data: DataSet, batch_size: int) -> int:
     return len(batches_of(data, 0, 1, batch_size))
 
 
-def train(data: DataSet, settings: Settings, on_step: OnStep) -> Iterator[tuple[int, dict[str, Epoch], list[Run]]]:
+def train(data: DataSet, settings: Settings, on_step: OnStep) -> Iterator[list[Run]]:
     """Train every seed's networks, one epoch of each in turn.
 
     Yields:
-        After each epoch: the seed, the epoch's record per method, and the runs of that seed so far.
+        After each epoch: that seed's runs so far, one of each line.
     """
     steps = settings.epochs * steps_per_epoch(data, settings.batch_size)
     for seed in settings.seeds:
-        learners = [Learner(method, seed, data, settings, steps) for method in METHODS]
+        learners = [Learner(line, seed, data, settings, steps) for line in settings.lines]
         for number in range(1, settings.epochs + 1):
             batches = batches_of(data, seed, number, settings.batch_size)
-            records = {learner.run.method: learner.train_epoch(number, batches, on_step) for learner in learners}
-            yield seed, records, [learner.run for learner in learners]
+            for learner in learners:
+                learner.train_epoch(number, batches, on_step)
+            yield [learner.run for learner in learners]

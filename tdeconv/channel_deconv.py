@@ -15,7 +15,7 @@ from tdeconv import checks, distributed, ops, running, tracing, transforms
 from tdeconv.functional import inverse_sqrt
 from tdeconv.precision import no_autocast, statistics_dtype
 from tdeconv.products import product
-from tdeconv.schedule import Scheduled, recomputing
+from tdeconv.schedule import WARMUP, Scheduled, recomputing
 
 
 class ChannelDeconv(Scheduled):
@@ -32,7 +32,7 @@ class ChannelDeconv(Scheduled):
         momentum: share of the batch's statistics in the running ones, in [0, 1]; the first batch's replace them. None
             makes these the plain average of all batches.
         sampling_stride: the statistics take every ``sampling_stride**2``-th value of a row, where H and W allow it.
-        stats_interval: as in :class:`tdeconv.FastDeconv`.
+        stats_interval, stats_warmup: as in :class:`tdeconv.FastDeconv`.
         backend: see :func:`tdeconv.use_backend`.
         device, dtype: of the buffers.
 
@@ -71,6 +71,7 @@ class ChannelDeconv(Scheduled):
         sampling_stride: int = 3,
         *,
         stats_interval: int = 1,
+        stats_warmup: int = WARMUP,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -86,7 +87,7 @@ class ChannelDeconv(Scheduled):
         self.register_buffer("running_mean2", torch.empty(1, 1, **kind))
         self.register_buffer("running_var", torch.empty(1, 1, **kind))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
-        self.momentum, self.stats_interval = momentum, stats_interval
+        self.momentum, self.stats_interval, self.stats_warmup = momentum, stats_interval, stats_warmup
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
@@ -208,7 +209,11 @@ class ChannelDeconv(Scheduled):
         return y
 
     def extra_repr(self) -> str:
-        extra = f", stats_interval={self.stats_interval}" if self.stats_interval != 1 else ""
+        extra = (
+            f", stats_interval={self.stats_interval}, stats_warmup={self.stats_warmup}"
+            if self.stats_interval != 1
+            else ""
+        )
         return (
             f"block={self.block}, eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}, "
             f"sampling_stride={self.sampling_stride}{extra}"

@@ -115,7 +115,15 @@ def _describe(name: str, layer: nn.Module) -> tuple[Any, ...]:
     deconv = layer.running_deconv
     assert isinstance(deconv, Tensor)
     freeze = layer.freeze_iter if getattr(layer, "freeze", False) else None
-    return name, type(layer).__name__, tuple(deconv.shape), str(deconv.dtype), freeze, layer.stats_interval
+    return (
+        name,
+        type(layer).__name__,
+        tuple(deconv.shape),
+        str(deconv.dtype),
+        freeze,
+        layer.stats_interval,
+        layer.stats_warmup,
+    )
 
 
 def _check_agreement(
@@ -134,7 +142,7 @@ def _check_agreement(
             first, other = next(pair for pair in pairs if pair[0] != pair[1])
             raise ValueError(
                 "module must have the same deconvolution layers on all ranks, but (name, type, shape of "
-                f"running_deconv, dtype, freeze_iter, stats_interval) is {first} on rank 0 and {other} on rank {rank} "
+                f"running_deconv, dtype, freeze_iter, stats_interval, stats_warmup) is {first} on rank 0 and {other} on rank {rank} "
                 "of the group"
             )
     first_steps: list[int] = gathered[0][1]

@@ -185,6 +185,7 @@ def fast_deconv(
     samples_per_feature: int = 0,
     grouping: str = "interleaved",
     stats_interval: int = 1,
+    stats_warmup: int = schedule.WARMUP,
     step: int | None = None,
     stale: bool = False,
     num_updates: Tensor | None = None,
@@ -212,8 +213,9 @@ def fast_deconv(
             training step samples more, up to all patches; and where samples are still few, it takes fewer
             Newton-Schulz steps (see :class:`tdeconv.FastDeconv`). 0, as in the paper, does neither.
         grouping: ``"interleaved"`` or ``"contiguous"``.
-        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th only, in
-            which ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
+        stats_interval: behind the first ``stats_warmup`` training steps, take statistics in every ``stats_interval``-th
+            only, in which ``momentum`` stands for as many steps; those between are stale. More than 1 needs ``step``.
+        stats_warmup: see there.
         step: how many training steps came before this one.
         stale: whether a training step uses the running statistics, as constants, and leaves them as they are, whatever
             ``step`` says.
@@ -247,7 +249,7 @@ def fast_deconv(
     geo = convolution_geometry(
         batch, sizes(weight)[2:], stride, padding, dilation, groups, block, grouping, sampling_stride
     )
-    stale, momentum = _kind(training, stats_interval, step, stale, momentum)
+    stale, momentum = _kind(training, stats_interval, stats_warmup, step, stale, momentum)
     if training and not stale:
         geo, n_iter = sampled(geo, n_iter, batch, samples_per_feature, process_group)
     y = _layer(
@@ -283,6 +285,7 @@ def delinear(
     momentum: float | Tensor | None = 0.1,
     block: int = 512,
     stats_interval: int = 1,
+    stats_warmup: int = schedule.WARMUP,
     step: int | None = None,
     stale: bool = False,
     num_updates: Tensor | None = None,
@@ -297,8 +300,8 @@ def delinear(
         bias: ``(O)`` or None.
         running_mean: ``(D)`` with D the block cut down to a divisor of C; None in training keeps no statistics.
         running_deconv: ``(D, D)``; likewise.
-        training, eps, n_iter, momentum, block, stats_interval, step, stale, num_updates, backend, process_group: as in
-            :func:`fast_deconv`.
+        training, eps, n_iter, momentum, block, stats_interval, stats_warmup, step, stale, num_updates, backend,
+            process_group: as in :func:`fast_deconv`.
 
     Returns:
         ``(..., O)`` in x's dtype, or autocast's.
@@ -317,7 +320,7 @@ def delinear(
     rows = x.reshape(-1, features)
     checks.weight_of(weight, rows, bias, 1)
     geo = linear_geometry(features, block)
-    stale, momentum = _kind(training, stats_interval, step, stale, momentum)
+    stale, momentum = _kind(training, stats_interval, stats_warmup, step, stale, momentum)
     y = _layer(
         rows,
         weight,
@@ -390,12 +393,18 @@ def sampled(
 
 
 def _kind(
-    training: bool, stats_interval: int, step: int | None, stale: bool, momentum: float | Tensor | None
+    training: bool,
+    stats_interval: int,
+    stats_warmup: int,
+    step: int | None,
+    stale: bool,
+    momentum: float | Tensor | None,
 ) -> tuple[bool, float | Tensor | None]:
     """Whether it is a stale step, and the momentum of a fresh one."""
     interval, before = checks.interval(stats_interval, step)
-    stale = checks.flag("stale", stale) or not schedule.is_fresh(before, interval)
-    if interval > 1 and momentum is not None and before >= schedule.WARM_UP:
+    warmup = checks.positive_int("stats_warmup", stats_warmup, least=0)
+    stale = checks.flag("stale", stale) or not schedule.is_fresh(before, interval, warmup)
+    if interval > 1 and momentum is not None and before >= warmup:
         momentum = schedule.of_interval(momentum, interval)
     return training and stale, momentum
 

@@ -16,7 +16,7 @@ from tdeconv import checks
 from tdeconv import functional as TF
 from tdeconv.distributed import StatisticsGroup
 from tdeconv.geometry import Geometry, resolve_block
-from tdeconv.schedule import LONGEST, Scheduled
+from tdeconv.schedule import LONGEST, WARMUP, Scheduled
 
 
 class _WeightLayer(Scheduled):
@@ -88,6 +88,7 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
         grouping: str = "interleaved",
         samples_per_feature: int = 0,
         stats_interval: int = 1,
+        stats_warmup: int = WARMUP,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -127,7 +128,8 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
         batch = () if groups == 1 else (groups,)
         self.register_buffer("running_mean", self.weight.new_empty(groups * self.num_features))
         self.register_buffer("running_deconv", self.weight.new_empty(batch + square))
-        self._freeze, self._freeze_iter, self.stats_interval = bool(freeze), freeze_iter, stats_interval
+        self._freeze, self._freeze_iter = bool(freeze), freeze_iter
+        self.stats_interval, self.stats_warmup = stats_interval, stats_warmup
         self._averages, self.momentum = groups, momentum
         self.reset_running_stats()
 
@@ -219,7 +221,7 @@ class _FastDeconvNd(_WeightLayer, _ConvNd):
         if self.grouping != "interleaved":
             extra.append(f"grouping={self.grouping}")
         if self.stats_interval != 1:
-            extra.append(f"stats_interval={self.stats_interval}")
+            extra.append(f"stats_interval={self.stats_interval}, stats_warmup={self.stats_warmup}")
         if self.freeze:
             extra.append(f"freeze=True, freeze_iter={self.freeze_iter}")
         if self.backend is not None:
@@ -259,9 +261,12 @@ class FastDeconv(_FastDeconvNd):
             fewer than five Newton-Schulz steps: with M samples of D features at most ``log(M/D) / log(9/4)``, and at
             least one (but all of them over several processes, whose batches may differ). 0, as in the paper, does
             neither; 58 samples as many as five steps want, where there are as many.
-        stats_interval: behind the first 20 training steps, take statistics in every ``stats_interval``-th step only, in
-            which ``momentum`` stands for as many steps, and use the running ones, as constants, in those between: a
-            fold and a convolution. 1 is the paper's method. All layers of a model should have the same.
+        stats_interval: behind the first ``stats_warmup`` training steps, take statistics in every
+            ``stats_interval``-th step only, in which ``momentum`` stands for as many steps, and use the running ones,
+            as constants, in those between: a fold and a convolution. 1 is the paper's method. At most 100,000. All
+            layers of a model should have the same, but for one before the loss, which should take statistics in every
+            step: without that, and without a long warm-up, deep networks were seen to diverge.
+        stats_warmup: training steps at the start that all take their batches' statistics.
         backend: see :func:`tdeconv.use_backend`.
 
     Shape:
@@ -308,7 +313,7 @@ class Delinear(_WeightLayer, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
-        eps, n_iter, momentum, stats_interval, backend: as in :class:`FastDeconv`.
+        eps, n_iter, momentum, stats_interval, stats_warmup, backend: as in :class:`FastDeconv`.
         block: features whitened together, cut down to a divisor of ``in_features``.
 
     Shape:
@@ -337,6 +342,7 @@ class Delinear(_WeightLayer, nn.Linear):
         block: int = 512,
         *,
         stats_interval: int = 1,
+        stats_warmup: int = WARMUP,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -350,7 +356,7 @@ class Delinear(_WeightLayer, nn.Linear):
         self.backend = checks.backend(backend)
         self.register_buffer("running_mean", self.weight.new_empty(self.block))
         self.register_buffer("running_deconv", self.weight.new_empty(self.block, self.block))
-        self.momentum, self.stats_interval = momentum, stats_interval
+        self.momentum, self.stats_interval, self.stats_warmup = momentum, stats_interval, stats_warmup
         self.reset_running_stats()
 
     def in_training(self, x: Tensor) -> tuple[Tensor, Geometry, int]:
@@ -370,5 +376,5 @@ class Delinear(_WeightLayer, nn.Linear):
         if self.momentum != 0.1:
             extra.append(f"momentum={self.momentum}")
         if self.stats_interval != 1:
-            extra.append(f"stats_interval={self.stats_interval}")
+            extra.append(f"stats_interval={self.stats_interval}, stats_warmup={self.stats_warmup}")
         return ", ".join(extra)

@@ -13,6 +13,7 @@ from tdeconv import checks
 from tdeconv.dataflow import Links
 from tdeconv.layers import Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
 from tdeconv.plan import BLOCK, CONVS, MOST_FEATURES, kind_of, plain_class
+from tdeconv.schedule import LONGEST
 
 _MOST_OF_A_GROUP = 128  # features; with more, a network with SiLU stayed behind batch norm until it was calibrated
 _DECONV_OF: dict[type | None, Any] = {nn.Conv1d: FastDeconv1d, nn.Conv2d: FastDeconv, nn.Conv3d: FastDeconv3d}
@@ -28,6 +29,7 @@ class Options:
     first_n_iter: int
     freeze_first: bool
     stats_interval: int
+    stats_warmup: int
     block_fc: int
     backend: str | None
 
@@ -35,7 +37,8 @@ class Options:
         checks.options(1e-5, self.n_iter, 0.1, BLOCK, self.sampling_stride)
         checks.positive_int("samples_per_feature", self.samples_per_feature, least=0)
         checks.positive_int("first_n_iter", self.first_n_iter)
-        checks.positive_int("stats_interval", self.stats_interval)
+        checks.positive_int("stats_interval", self.stats_interval, most=LONGEST)
+        checks.positive_int("stats_warmup", self.stats_warmup, least=0, most=LONGEST)
         checks.positive_int("block_fc", self.block_fc)
         checks.backend(self.backend)
 
@@ -89,7 +92,6 @@ def deconv(layer: Any, first: bool, block: int | None, options: Options) -> nn.M
     """The deconvolution layer for a convolution or linear layer: its weight, a bias, fresh running statistics."""
     weight, n_iter = layer.weight, options.n_iter
     common: dict[str, Any] = {"backend": options.backend, "device": "meta", "dtype": weight.dtype}
-    common["stats_interval"] = options.stats_interval
     if isinstance(layer, nn.Linear):
         sizes = (layer.in_features, layer.out_features)
         new: Any = Delinear(*sizes, n_iter=n_iter, block=options.block_fc, **common)
@@ -103,6 +105,8 @@ def deconv(layer: Any, first: bool, block: int | None, options: Options) -> nn.M
             sampling_stride=options.sampling_stride,
             samples_per_feature=options.samples_per_feature,
             freeze=first and options.freeze_first,
+            stats_interval=options.stats_interval,
+            stats_warmup=options.stats_warmup,
             padding_mode=layer.padding_mode,
             **common,
         )

@@ -1,7 +1,7 @@
 """In which training steps a layer takes the statistics of its batch: freezing, and statistics every few steps.
 
 A training step is *fresh* or *stale*. A fresh one takes the statistics of its batch, and the running ones follow; a
-stale one takes the running statistics, as constants. With ``stats_interval=k`` the first ``WARM_UP`` steps and every
+stale one takes the running statistics, as constants. With ``stats_interval=k`` the first ``stats_warmup`` steps and every
 k-th one are fresh; with ``freeze_iter=k`` the first ``k + 1`` of every ``10 * k``. A step is fresh where both say so.
 
 The count is a buffer, so that a ``state_dict`` has it. To read it in every step would make a GPU wait, and forbid
@@ -25,16 +25,16 @@ from tdeconv.running import Averaging
 from tdeconv.tracing import has_value
 
 LONGEST = 100_000  # what a rule may ask for: a ring has a place for each of its steps, ten times as many for freezing
-WARM_UP = 20  # steps at the start that are all fresh: the running statistics begin far from any batch's
+WARMUP = 20  # steps at the start that are all fresh: the running statistics begin far from any batch's
 
 
-def is_fresh(step: int, stats_interval: int) -> bool:
+def is_fresh(step: int, stats_interval: int, stats_warmup: int) -> bool:
     """Whether training step ``step``, counted from 0, takes the batch's statistics."""
-    return step < WARM_UP or step % stats_interval == 0
+    return step < stats_warmup or step % stats_interval == 0
 
 
 def of_interval(momentum: float | Tensor, stats_interval: int) -> Any:
-    """The momentum of a fresh step behind the first ``WARM_UP``, which stands for ``stats_interval`` steps."""
+    """The momentum of a fresh step behind the warm-up, which stands for ``stats_interval`` steps."""
     return 1 - (1 - momentum) ** stats_interval
 
 
@@ -76,8 +76,9 @@ def _place(flags: list[bool], again: int, index: int) -> Place:
     return Ring(flags, again).places[index]
 
 
-def _refreshing(stats_interval: int) -> Ring:
-    return Ring([is_fresh(t, stats_interval) for t in range(WARM_UP + stats_interval)], WARM_UP)
+def _refreshing(stats_interval: int, stats_warmup: int) -> Ring:
+    steps = range(stats_warmup + stats_interval)
+    return Ring([is_fresh(t, stats_interval, stats_warmup) for t in steps], stats_warmup)
 
 
 def _freezing(freeze_iter: int) -> Ring:
@@ -89,7 +90,7 @@ class Scheduled(Averaging):
     """A layer with running statistics that takes its batch's in some training steps only."""
 
     _counter = "num_batches_tracked"  # the buffer that counts training steps, if any of the rules needs it
-    _stats_interval = 1
+    _stats_interval, _stats_warmup = 1, WARMUP
     _freeze, _freeze_iter = False, 100
     _places: tuple[Place, ...] = ()  # of the next training step, one in the ring of each rule
     _replayed: tuple[Place, ...] = ()  # of the next recomputation: the last training step's, without further notice
@@ -98,8 +99,8 @@ class Scheduled(Averaging):
 
     @property
     def stats_interval(self) -> int:
-        """Behind the first 20 training steps, every how many the layer takes its batch's statistics. To set it takes
-        effect at the next step."""
+        """Behind the warm-up, every how many training steps the layer takes its batch's statistics. To set this or
+        ``stats_warmup`` takes effect at the next step."""
         return self._stats_interval
 
     @stats_interval.setter
@@ -107,9 +108,19 @@ class Scheduled(Averaging):
         self._stats_interval = checks.positive_int("stats_interval", value, most=LONGEST)
         self._reschedule()
 
+    @property
+    def stats_warmup(self) -> int:
+        """How many training steps at the start all take their batches' statistics."""
+        return self._stats_warmup
+
+    @stats_warmup.setter
+    def stats_warmup(self, value: int) -> None:
+        self._stats_warmup = checks.positive_int("stats_warmup", value, least=0, most=LONGEST)
+        self._reschedule()
+
     def _reschedule(self) -> None:
         """After a rule has changed: the counter that the rules need, and this step's place in their rings."""
-        rings = [_refreshing(self._stats_interval)] if self._stats_interval > 1 else []
+        rings = [_refreshing(self._stats_interval, self._stats_warmup)] if self._stats_interval > 1 else []
         rings += [_freezing(self._freeze_iter)] if self._freeze else []
         counted = self._counter in self._buffers
         if rings and not counted:
@@ -159,13 +170,13 @@ class Scheduled(Averaging):
         if momentum is None or self._stats_interval == 1 or steps is None:
             return momentum
         early = steps.new_full((), momentum, dtype=statistics_dtype(self.running_deconv.dtype))
-        return torch.where(steps < WARM_UP, early, of_interval(momentum, self._stats_interval))
+        return torch.where(steps < self._stats_warmup, early, of_interval(momentum, self._stats_interval))
 
     def describe_schedule(self) -> str:
         """In which steps statistics are taken, and which kind the next one is."""
         rules = []
         if self._stats_interval > 1:
-            rules.append(f"every {self._stats_interval}th step behind the first {WARM_UP}")
+            rules.append(f"every {self._stats_interval}th step behind the first {self._stats_warmup}")
         if self._freeze:
             rules.append(f"the first {self._freeze_iter + 1} of every {10 * self._freeze_iter} steps")
         kind = "fresh" if all(place.fresh for place in self._places) else "stale: fold and convolve alone"

@@ -9,8 +9,8 @@ VENV := .venv/.stamp
 PARALLEL := --numprocesses auto --dist worksteal
 NUMBERS := $(patsubst %,tests/test_%.py, bad_input calibrate channel_deconv checkpoint convert distributed functional \
     fuse kernels_convolve kernels_fold kernels_inverse_sqrt kernels_layers kernels_patch_moments layers layout \
-    learning_rules nothing_lost ops products properties reference running small_batches torch_backend training_life \
-    transforms update_stats)
+    learning_rules nothing_lost ops products properties reference running schedule schedule_host small_batches \
+    torch_backend training_life transforms update_stats)
 
 .PHONY: help demo test test-slow test-roundings bench gpu-report lint clean distclean
 .DEFAULT_GOAL := help

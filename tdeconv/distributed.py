@@ -142,8 +142,8 @@ def _check_agreement(
             first, other = next(pair for pair in pairs if pair[0] != pair[1])
             raise ValueError(
                 "module must have the same deconvolution layers on all ranks, but (name, type, shape of "
-                f"running_deconv, dtype, freeze_iter, stats_interval, stats_warmup) is {first} on rank 0 and {other} on rank {rank} "
-                "of the group"
+                "running_deconv, dtype, freeze_iter, stats_interval, stats_warmup) is "
+                f"{first} on rank 0 and {other} on rank {rank} of the group"
             )
     first_steps: list[int] = gathered[0][1]
     return first_steps

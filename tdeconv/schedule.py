@@ -1,8 +1,9 @@
 """In which training steps a layer takes the statistics of its batch: freezing, and statistics every few steps.
 
 A training step is *fresh* or *stale*. A fresh one takes the statistics of its batch, and the running ones follow; a
-stale one takes the running statistics, as constants. With ``stats_interval=k`` the first ``stats_warmup`` steps and every
-k-th one are fresh; with ``freeze_iter=k`` the first ``k + 1`` of every ``10 * k``. A step is fresh where both say so.
+stale one takes the running statistics, as constants. With ``stats_interval=k`` the first ``stats_warmup`` steps and
+every k-th one are fresh; with ``freeze_iter=k`` the first ``k + 1`` of every ``10 * k``. A step is fresh where both say
+so.
 
 The count is a buffer, so that a ``state_dict`` has it. To read it in every step would make a GPU wait, and forbid
 capturing the step in a CUDA graph. So a layer walks along rings of places on the host, one place a step, and each says

@@ -106,6 +106,15 @@ def test_options_reach_the_layers() -> None:
     assert [(m.n_iter, m.freeze) for m in few] == [(5, False), (2, False)]
 
 
+def test_statistics_every_few_steps_are_for_convolutions_and_begin_late() -> None:
+    """Or no layer would hold the activations' size in a step between."""
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+    model = convert_deconv(nn.Sequential(*copy.deepcopy(layers)), linear=True, stats_interval=10)
+    assert [(m.stats_interval, m.stats_warmup) for m in model] == [(10, 100), (10, 100), (1, 20)]
+    early = convert_deconv(nn.Sequential(*layers), stats_interval=4, stats_warmup=7)
+    assert [(m.stats_interval, m.stats_warmup) for m in early[:2]] == [(4, 7), (4, 7)]
+
+
 def test_other_options_are_the_papers() -> None:
     first, second = convert_deconv(nn.Sequential(nn.Conv2d(128, 128, 3), nn.Conv2d(128, 8, 3)), recipe="paper")
     assert (first.n_iter, first.freeze, first.freeze_iter) == (15, True, 100)

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tdeconv
 from helpers import BACKENDS, assert_close, difference, randn, train_step
 from tdeconv import ChannelDeconv, Delinear, FastDeconv, FastDeconv1d, FastDeconv3d
-from tdeconv.schedule import WARM_UP, every_step
+from tdeconv.schedule import WARMUP, every_step
 
 # name: (layer, shape of a batch)
 LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
@@ -115,7 +115,7 @@ def test_the_running_statistics_are_those_of_a_plain_loop(name: str, backend: st
     """Stale steps leave every bit; a fresh one behind the 20th weighs as much as an interval's steps."""
     layer = make(name, backend, stats_interval=interval)
     of_batch = make(name, momentum=1)  # whose buffers are one batch's statistics
-    expected, steps = averages(layer), range(WARM_UP + 2 * interval + 1)
+    expected, steps = averages(layer), range(WARMUP + 2 * interval + 1)
     for step in steps:
         assert train(layer, name, range(step, step + 1)) == kinds(range(step, step + 1), interval)
         if step < 20 or step % interval == 0:
@@ -126,6 +126,25 @@ def test_the_running_statistics_are_those_of_a_plain_loop(name: str, backend: st
             expected = [(1 - momentum) * e + momentum * b for e, b in zip(expected, averages(of_batch), strict=True)]
         assert_close(averages(layer), expected, 1e-12)
     assert count(layer) == len(steps)
+
+
+@LAYER
+@BACKEND
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_warm_up_may_be_of_any_length(name: str, backend: str, warmup: int) -> None:
+    """Behind it a fresh step's momentum stands for the interval; set later, it counts from the first step, too."""
+    layer = make(name, backend, stats_interval=4, stats_warmup=warmup)
+    assert train(layer, name, range(9)) == [t < warmup or t % 4 == 0 for t in range(9)]
+    if name != "channels":  # whose first batch replaces the buffers
+        of_batch = make(name, momentum=1)
+        of_batch(batch(name, 8))
+        before = make(name, backend, stats_interval=4, stats_warmup=warmup)
+        train(before, name, range(8))
+        share = 1 - 0.9**4
+        expected = [(1 - share) * e + share * b for e, b in zip(averages(before), averages(of_batch), strict=True)]
+        assert_close(averages(layer), expected, 1e-12)
+    layer.stats_warmup = 11
+    assert train(layer, name, range(9, 16)) == [t < 11 or t % 4 == 0 for t in range(9, 16)]
 
 
 @LAYER

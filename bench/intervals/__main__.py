@@ -39,8 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     about = f"Train the demo's networks with batch norm, and with statistics every {intervals} steps."
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=about)
     add = parser.add_argument
-    networks = tuple(runs.NETWORKS)
-    add("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(networks)} (default: all)")
+    networks, by_block = tuple(runs.NETWORKS), tuple(runs.NETWORKS_BY_BLOCK)
+    about = f"of {', '.join(networks)} (default: all), or with other blocks {', '.join(by_block)}"
+    add("networks", nargs="*", metavar="NETWORK", help=about)
     add("--data", nargs="+", choices=tuple(runs.DATA), default=["photographs", "digits"], help="what they learn")
     add("--root", type=nonempty_path, metavar="DIR", help="MNIST or Fashion-MNIST in torchvision's layout")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="one run each (default 0 1 2)")
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    if unknown := [name for name in args.networks if name not in runs.NETWORKS]:
+    if unknown := [name for name in args.networks if name not in runs.NETWORKS | runs.NETWORKS_BY_BLOCK]:
         raise ValueError(f"there is no network {unknown[0]!r} here; choose from {', '.join(runs.NETWORKS)}")
     if bad := [seed for seed in args.seeds if not 0 <= seed < 2**32]:
         raise ValueError(f"--seeds must be whole numbers from 0 to 2**32 - 1, got {bad[0]}")

@@ -28,6 +28,8 @@ from tdeconv.schedule import every_step
 Run = dict[str, Any]
 BATCH = 64
 NETWORKS = {"slim": 300, "resnet": 200, "vgg11": 80}  # by name of the demo's: steps of training
+BLOCKS = (8, 16, 32, 64)
+NETWORKS_BY_BLOCK = {f"resnet-{block}": NETWORKS["resnet"] for block in BLOCKS}
 INTERVALS = (1, 2, 4, 10, 30)
 RATES = (0.01, 0.03, 0.1)
 TEST = 2000  # images at most that a network is tested on
@@ -122,12 +124,13 @@ def plans(network: str, seed: int, data: str, runs: dict[str, Run] | None) -> It
     """A network's runs on a data set in turn: first those that choose each method's rate, by the loss on images held
     out and the same for all seeds, then every line with it. ``runs``, which have grown by then, are looked up; None:
     any rate."""
-    steps, rates = NETWORKS[network], {}
-    for method in METHODS:
+    lines = tuple(Line("deconvolution", k) for k in (1, 4, 10)) if network in NETWORKS_BY_BLOCK else LINES
+    steps, rates = (NETWORKS | NETWORKS_BY_BLOCK)[network], {}
+    for method in dict.fromkeys(line.method for line in lines):
         tried = [Plan(data, network, method, 1, steps // 3, rate, 0, held_out=True) for rate in RATES]
         yield from tried
         rates[method] = RATES[0] if runs is None else min(tried, key=lambda plan: _loss(runs[key(plan)])).rate
-    for line in LINES:
+    for line in lines:
         yield Plan(data, network, line.method, line.stats_interval, steps, rates[line.method], seed)
 
 

@@ -79,7 +79,8 @@ class Residual(nn.Module):
 
 
 def build(arch: str, line: Line, channels: int, classes: int) -> nn.Sequential:
-    """A network of :data:`ARCHS` for ``(N, channels, H, W)`` images of any size.
+    """A network of :data:`ARCHS`, or of its name, a hyphen and another block, for ``(N, channels, H, W)`` images of any
+    size.
 
     All lines draw the same random numbers in the same order: after the same ``torch.manual_seed`` their weights
     and biases are equal. As in the paper, the first deconvolution takes 15 steps and freezes its statistics, since the
@@ -87,8 +88,9 @@ def build(arch: str, line: Line, channels: int, classes: int) -> nn.Sequential:
     statistics in every step at any interval: in a step in which no layer does, nothing holds the activations' size, and
     at the rates that normalised networks learn at, a few such steps in a row diverge.
     """
-    plan = ARCHS[arch].plan
-    options: dict[str, Any] = {"block": ARCHS[arch].block, "stats_interval": line.stats_interval}
+    name, _, block = arch.partition("-")
+    plan = ARCHS[name].plan
+    options: dict[str, Any] = {"block": int(block or ARCHS[name].block), "stats_interval": line.stats_interval}
 
     def convolution(width: int, out: int, kernel_size: int = 3, stride: int = 1, **more: Any) -> list[nn.Module]:
         shape: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2}

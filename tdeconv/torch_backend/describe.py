@@ -8,15 +8,21 @@ from tdeconv.geometry import Geometry
 from tdeconv.precision import statistics_dtype
 from tdeconv.torch_backend.convolve import by_pixels, by_tiles, wide
 from tdeconv.torch_backend.inverse_sqrt import decomposition_dtype, uses_eigh
+from tdeconv.torch_backend.whiten import whitens
 
 
 def describe(x: Tensor, weight: Tensor, geo: Geometry, n_iter: int) -> dict[str, str]:
     """One line per stage."""
+    if whitens(x, weight, geo):
+        few = f"the patches at all output positions are whitened, fewer than the {weight.shape[0]} output channels"
+        fold, convolve = f"none: {few}", "one product of the whitened patches with the weight"
+    else:
+        fold, convolve = f"{weight.shape[0]} x {geo.pooled} rows of {geo.features}", _convolve(x, weight, geo)
     return {
         "patch_moments": _patch_moments(geo),
         "inverse_sqrt": _inverse_sqrt(x, geo, n_iter),
-        "fold": f"{weight.shape[0]} x {geo.pooled} rows of {geo.features}",
-        "convolve": _convolve(x, weight, geo),
+        "fold": fold,
+        "convolve": convolve,
     }
 
 

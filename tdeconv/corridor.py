@@ -154,7 +154,7 @@ def backward(
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the input (None unless needed), the weight and the bias."""
-    grad_x, grad_weight, grad_bias, grad_mean, grad_deconv = _before_statistics(
+    grad_x, grad_weight, grad_bias, grad_mean, grad_deconv = stale_backward(
         stages, grad, x, weight, saved.mean, saved.deconv, saved.folded, geo, need_x, need_x
     )
     if grad_x is not None and grad_mean is not None and grad_deconv is not None:
@@ -174,24 +174,10 @@ def stale_backward(
     folded: Tensor,
     geo: Geometry,
     need_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients as those of :func:`backward`; none goes through the statistics."""
-    return _before_statistics(stages, grad, x, weight, mean, deconv, folded, geo, need_x, False)[:3]
-
-
-def _before_statistics(
-    stages: Stages,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    deconv: Tensor,
-    folded: Tensor,
-    geo: Geometry,
-    need_x: bool,
-    need_statistics: bool,
+    need_statistics: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Back through convolution and fold: gradients of the input, the weight, the bias, the mean and the root."""
+    """Back through convolution and fold: gradients of the input, the weight, the bias, the mean and the root (of the
+    last two None unless needed; in a stale step they are constants)."""
     if whitens(stages, x, weight, geo):
         with exact_products():
             grad_x, grad_weight, grad_bias, grad_mean, grad_deconv = stages.whiten_convolve_backward(

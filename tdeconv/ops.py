@@ -203,7 +203,7 @@ def stale_deconvolve_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     geo = Geometry.unpack(geometry)
     grads = corridor.stale_backward(stages(backend), grad, x, weight, mean, deconv, folded, geo, need_x)
-    return _gradients(x, weight, *grads)
+    return _gradients(x, weight, *grads[:3])
 
 
 stale_deconvolve_backward.register_autograd(_no_second_derivative)

@@ -127,7 +127,8 @@ def plans(network: str, seed: int, data: str, runs: dict[str, Run] | None) -> It
     lines = tuple(Line("deconvolution", k) for k in (1, 4, 10)) if network in NETWORKS_BY_BLOCK else LINES
     steps, rates = (NETWORKS | NETWORKS_BY_BLOCK)[network], {}
     for method in dict.fromkeys(line.method for line in lines):
-        tried = [Plan(data, network, method, 1, steps // 3, rate, 0, held_out=True) for rate in RATES]
+        usual = network.partition("-")[0]  # whose rates a network has with other blocks, too
+        tried = [Plan(data, usual, method, 1, steps // 3, rate, 0, held_out=True) for rate in RATES]
         yield from tried
         rates[method] = RATES[0] if runs is None else min(tried, key=lambda plan: _loss(runs[key(plan)])).rate
     for line in lines:

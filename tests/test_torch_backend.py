@@ -196,16 +196,16 @@ def test_layer_on_any_cpu(case, onednn, products, monkeypatch):
     """Whatever was measured on a CPU, of which the other tests fix one answer; oneDNN for small products, too, and
     patches whitened however many there are."""
     monkeypatch.setattr(gemm, "_LARGE", 0)
-    monkeypatch.setattr(whiten, "_FEW", math.inf)
+    monkeypatch.setattr(whiten, "_PATCH", -math.inf)
     with measured.fixed(onednn=onednn, products=products):
         test_layer(case, torch.float32, "torch")
 
 
 @CASE
-@pytest.mark.parametrize("few", [0, math.inf], ids=["folded", "whitened"])
-def test_folding_and_whitening_are_the_same(case, few, monkeypatch):
+@pytest.mark.parametrize("patch", [math.inf, -math.inf], ids=["folded", "whitened"])
+def test_folding_and_whitening_are_the_same(case, patch, monkeypatch):
     """In float64, to the last digits, whichever the sizes say."""
-    monkeypatch.setattr(whiten, "_FEW", few)
+    monkeypatch.setattr(whiten, "_PATCH", patch)
     test_layer(case, torch.float64, "torch")
 
 

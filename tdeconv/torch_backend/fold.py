@@ -51,8 +51,10 @@ def fold_backward(
     grad_mean, grad_deconv = torch.zeros_like(mean).unsqueeze(-1), torch.zeros_like(deconv)
     for part in _parts(weight, geo):
         w, per_vector = weight[part], grad_bias[part].view(geo.groups, -1, 1).repeat_interleave(geo.pooled, dim=1)
+        grad = weight_vectors(grad_weight[part], geo)
+        own = grad.data_ptr() != grad_weight[part].data_ptr()  # a copy: fresh memory is dear, and not taken twice
         # what reaches the folded weight through the folded bias is a product of vectors
-        grad = torch.baddbmm(weight_vectors(grad_weight[part], geo), per_vector, mean.unsqueeze(1), alpha=-1)
+        grad = torch.addcmul(grad, per_vector, mean.unsqueeze(1), value=-1, out=grad if own else None)
         unfolded[part] = weight_from_vectors(gemm.product(grad, deconv), geo, w.shape)
         if need_statistics:
             vectors = weight_vectors(w.to(deconv.dtype), geo)

@@ -18,15 +18,17 @@ from tdeconv.torch_backend import gemm
 from tdeconv.torch_backend.patch_moments import both, by_channel, by_place, centred
 from tdeconv.torch_backend.patches import gather, scatter_add_, whole
 
-# Positions for each output channel up to which that was measured to pay: the patches have to be taken, too.
-_FEW = 0.75
+# To take and to put back a patch costs as much as this many products of each of its values, or less. Whitening the last
+# stage of a ResNet-18 (256 positions, 512 channels) brought a step without statistics from 255 to 222 ms at D = 144.
+_PATCH = 64
 
 
 def whitens(x: Tensor, weight: Tensor, geo: Geometry) -> bool:
     """Whether this is the cheaper way."""
     patches = not geo.pointwise or (not any(geo.padding) and set(geo.stride) <= {1})  # else not all pixels, or more
     kind = geo.groups == 1 and patches and x.dtype in (torch.float32, torch.float64)
-    return kind and _positions(x, geo) <= _FEW * weight.shape[0]
+    positions = _positions(x, geo)
+    return kind and (weight.shape[0] - positions) * geo.features >= _PATCH * positions
 
 
 def _positions(x: Tensor, geo: Geometry) -> int:

@@ -62,7 +62,7 @@ def convert_sync_deconv(module: Module, process_group: Any = None) -> Module:
     """
     group = StatisticsGroup.of(process_group)
     layers = [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "running_deconv")]
-    steps = _check_agreement([_describe(name, layer) for name, layer in layers], layers, group, process_group)
+    steps = _check_agreement(layers, group, process_group)
     for (_, layer), step in zip(layers, steps, strict=True):
         layer.process_group = group
         layer._set_steps(step)
@@ -126,12 +126,11 @@ def _describe(name: str, layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _check_agreement(
-    mine: list[tuple[Any, ...]], layers: list[tuple[str, Any]], group: StatisticsGroup, process_group: Any
-) -> list[int]:
+def _check_agreement(layers: list[tuple[str, Any]], group: StatisticsGroup, process_group: Any) -> list[int]:
     """Compare the layers of all ranks once, here: a layer's sizes never change, so that no later step has to. Returns
     how many steps each layer of the first rank has counted."""
     gathered: list[Any] = [None] * group.size
+    mine = [_describe(name, layer) for name, layer in layers]
     steps = [0 if layer._steps is None else int(layer._steps) for _, layer in layers]
     dist.all_gather_object(gathered, (mine, steps), process_group)
     everyone = [theirs for theirs, _ in gathered]

@@ -177,11 +177,11 @@ class Scheduled(Averaging):
         """In which steps statistics are taken, and which kind the next one is."""
         rules = []
         if self._stats_interval > 1:
-            rules.append(f"every {self._stats_interval}th step behind the first {self._stats_warmup}")
+            rules.append(f"the first {self._stats_warmup} steps and one in {self._stats_interval} behind them")
         if self._freeze:
             rules.append(f"the first {self._freeze_iter + 1} of every {10 * self._freeze_iter} steps")
         kind = "fresh" if all(place.fresh for place in self._places) else "stale: fold and convolve alone"
-        return f"statistics: in {', and in '.join(rules)}; the next step is {kind}"
+        return f"statistics: in {', but only in '.join(rules)}; the next step is {kind}"
 
     def _count_step(self) -> None:
         """This training step is done; the recomputation of one does not count."""

@@ -180,6 +180,10 @@ def test_convolve(case, dtype, backend):
 @CASE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_layer(case, dtype, backend):
+    assert_as_the_reference(case, dtype, backend)
+
+
+def assert_as_the_reference(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Output, all gradients and buffers, from the same numbers, against the reference in float64."""
     tensors = [None if t is None else t.to(dtype) for t in case.tensors(torch.float64)]
     actual, expected = run_case(case, backend, dtype, tensors), run_case(case, "reference", torch.float64, tensors)
@@ -198,7 +202,7 @@ def test_layer_on_any_cpu(case, onednn, products, monkeypatch):
     monkeypatch.setattr(gemm, "_LARGE", 0)
     monkeypatch.setattr(whiten, "_PATCH", -math.inf)
     with measured.fixed(onednn=onednn, products=products):
-        test_layer(case, torch.float32, "torch")
+        assert_as_the_reference(case, torch.float32, "torch")
 
 
 @CASE
@@ -206,7 +210,7 @@ def test_layer_on_any_cpu(case, onednn, products, monkeypatch):
 def test_folding_and_whitening_are_the_same(case, patch, monkeypatch):
     """In float64, to the last digits, whichever the sizes say."""
     monkeypatch.setattr(whiten, "_PATCH", patch)
-    test_layer(case, torch.float64, "torch")
+    assert_as_the_reference(case, torch.float64, "torch")
 
 
 @CASE

@@ -107,12 +107,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
     return y
 
 
+def empty_output(x: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    """Like the output, its channels innermost. Not a view of its pixels: autograd would refuse an in-place activation
+    behind the layer."""
+    shape = (x.shape[0], *_out(x, geo), weight.shape[0])
+    strides = x.new_empty(shape, device="meta").movedim(-1, 1).stride()
+    return torch.empty_strided((shape[0], shape[-1], *shape[1:-1]), strides, dtype=x.dtype, device=x.device)
+
+
 def _convolve_by_pixels(x: Tensor, weight: Tensor, bias: Tensor, geo: Geometry) -> Tensor:
     pixels, by_tap = x.movedim(1, -1), _tap_weights(weight)
-    shape = (x.shape[0], *_out(x, geo), weight.shape[0])
-    # not a view of its pixels: autograd would refuse an in-place activation behind the layer
-    strides = x.new_empty(shape, device="meta").movedim(-1, 1).stride()
-    y = torch.empty_strided((shape[0], shape[-1], *shape[1:-1]), strides, dtype=x.dtype, device=x.device)
+    y = empty_output(x, weight, geo)
     out_pixels = y.movedim(1, -1)
     out_pixels.copy_(bias)
     for tap, out, into in _pairs(pixels, geo.every()):

@@ -1,9 +1,9 @@
 """Third and fourth stage in one, where a layer has fewer output positions than output channels: whiten the patches, and
 multiply by the weight as it is.
 
-It is the same function. To fold the root into the weight takes ``2 O G D^2`` operations, as often as there are output
-channels; to whiten patches takes it as often as there are positions. Forward keeps the whitened patches, and not the
-folded weight, which would be larger.
+It is the same function. To fold the root into the weight takes ``2 G D^2`` operations for each output channel, to
+whiten the patches as many for each position. Forward keeps the whitened patches, and not the folded weight, which would
+be larger.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdeconv.geometry import Geometry
 from tdeconv.torch_backend import gemm
+from tdeconv.torch_backend.convolve import empty_output
 from tdeconv.torch_backend.patch_moments import both, by_channel, by_place, centred
 from tdeconv.torch_backend.patches import gather, scatter_add_, whole
 
@@ -47,10 +48,7 @@ def whiten_convolve(
     o, columns = weight.shape[0], whitened(x, geo)
     vectors = gemm.product(_vectors(x, mean, geo), both(by_place, deconv, geo))
     _in_columns(columns, geo).copy_(vectors.view(-1, geo.pooled, geo.taps, geo.block))
-    shape = x.shape[0], *geo.every().positions(tuple(x.shape[2:])), o
-    # not a view of its pixels: autograd would refuse an in-place activation behind the layer
-    strides = x.new_empty(shape, device="meta").movedim(-1, 1).stride()
-    y = torch.empty_strided((shape[0], o, *shape[1:-1]), strides, dtype=x.dtype, device=x.device)
+    y = empty_output(x, weight, geo)
     y.movedim(1, -1).view(-1, o).copy_(gemm.product(columns, _matrix(weight, x).t()))
     if bias is not None:
         y.movedim(1, -1).add_(bias)
